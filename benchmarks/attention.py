@@ -62,7 +62,7 @@ WAYS = {
 
 def measured(model: str, rows: int, rounds: int) -> dict[str, dict[str, float]]:
     policy: Any = policy_from(ModelSettings(path=model, dtype="bfloat16"), PolicyContext(Ranks().device))
-    told = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
+    condition = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
     x = torch.randn(rows, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     timestep = policy.levels(10).timestep[5]
 
@@ -70,20 +70,20 @@ def measured(model: str, rows: int, rounds: int) -> dict[str, dict[str, float]]:
         way.prepare(policy)
         start = time.perf_counter()
         with way.kernels(), torch.set_grad_enabled(gradient):
-            output = policy.predict(x, timestep, told)
+            output = policy.predict(x, timestep, condition)
             if gradient:
                 output.square().mean().backward()
         return time.perf_counter() - start
 
-    found: dict[tuple[str, str], list[float]] = {}
+    times: dict[tuple[str, str], list[float]] = {}
     for i in range(rounds + 1):
         for name, way in WAYS.items():
             for kind, gradient in (("call", False), ("call and gradient", True)):
                 spent = seconds(way, gradient)
                 if i:
-                    found.setdefault((name, kind), []).append(1000 * spent / rows)
+                    times.setdefault((name, kind), []).append(1000 * spent / rows)
     return {
-        name: {kind: statistics.median(found[name, kind]) for kind in ("call", "call and gradient")} for name in WAYS
+        name: {kind: statistics.median(times[name, kind]) for kind in ("call", "call and gradient")} for name in WAYS
     }
 
 
@@ -93,13 +93,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     quiet()
-    found = {model: measured(model, wanted.rows, wanted.rounds) for model in wanted.models}
-    if wanted.json:
-        print(json.dumps({**vars(wanted), "torch": torch.__version__, "ms a row": found}, indent=1))
+    figures = {model: measured(model, options.rows, options.rounds) for model in options.models}
+    if options.json:
+        print(json.dumps({**vars(options), "torch": torch.__version__, "ms a row": figures}, indent=1))
         return
-    for model, ways in found.items():
+    for model, ways in figures.items():
         for name, kinds in ways.items():
             print(f"{model:17s} {name:17s}", "  ".join(f"{kind} {ms:.2f} ms" for kind, ms in kinds.items()))
 

@@ -79,11 +79,11 @@ def main() -> None:
     options = parser.parse_args()
     spent: dict[str, dict[str, list[float]]] = {spins: {"alone": [], "beside": []} for spins in options.spins}
     for _ in range(options.rounds):
-        for spins, found in spent.items():
-            found["alone"] += seconds(spins, options.iterations)
+        for spins, by_load in spent.items():
+            by_load["alone"] += seconds(spins, options.iterations)
             with busy(options.busy):
-                found["beside"] += seconds(spins, options.iterations)
-    medians = {spins: {where: statistics.median(s) for where, s in found.items()} for spins, found in spent.items()}
+                by_load["beside"] += seconds(spins, options.iterations)
+    medians = {spins: {where: statistics.median(s) for where, s in by_load.items()} for spins, by_load in spent.items()}
     lost = 1 + options.busy / (os.cpu_count() or 1)
     if options.json:
         print(
@@ -91,10 +91,10 @@ def main() -> None:
         )
         return
     print(f"seconds of an iteration; beside {options.busy} others the lost share is {lost:.2g} x")
-    for spins, found in medians.items():
+    for spins, by_load in medians.items():
         print(
-            f"{spins:>8s}  alone {found['alone']:6.2f}  beside {found['beside']:6.2f}"
-            f" ({found['beside'] / found['alone']:.2f} x)"
+            f"{spins:>8s}  alone {by_load['alone']:6.2f}  beside {by_load['beside']:6.2f}"
+            f" ({by_load['beside'] / by_load['alone']:.2f} x)"
         )
 
 

@@ -66,20 +66,20 @@ def decoding(model: str, pictures: int, rounds: int) -> dict[str, dict[str, floa
 def call(model: str, rows: int, rounds: int) -> float:
     """The milliseconds per row in a process that has done nothing else."""
     policy: Any = policy_from(ModelSettings(path=model, dtype="bfloat16"), PolicyContext(Ranks().device))
-    told = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
+    condition = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
     x, timestep = torch.randn(rows, *policy.latent_shape), policy.levels(10).timestep[5]
     with torch.no_grad():
-        spent = [seconds(lambda: policy.predict(x, timestep, told)) for _ in range(rounds + 1)]
+        spent = [seconds(lambda: policy.predict(x, timestep, condition)) for _ in range(rounds + 1)]
     return 1000 * statistics.median(spent[1:]) / rows
 
 
 def memory(command: list[str], rounds: int) -> dict[str, float]:
     spent: dict[str, list[float]] = {"kept": [], "as glibc has it": []}
     for _ in range(rounds):
-        for way, told in zip(spent, ({}, UNTOLD), strict=True):
-            done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=True)
+        for way, variables in zip(spent, ({}, UNTOLD), strict=True):
+            done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
             spent[way].append(float(done.stdout))
-    return {way: statistics.median(found) for way, found in spent.items()}
+    return {way: statistics.median(times) for way, times in spent.items()}
 
 
 def main() -> None:
@@ -90,23 +90,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only-call", action="store_true", help="print the milliseconds of a call in this process")
     parser.add_argument("--json", action="store_true")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     quiet()
-    if wanted.only_call:
-        print(call(wanted.model, wanted.rows, wanted.rounds))
+    if options.only_call:
+        print(call(options.model, options.rows, options.rounds))
         return
     keep_freed_memory()
-    again = [sys.executable, __file__, "--only-call", "--model", wanted.model, "--rows", str(wanted.rows)]
-    found = {
-        "decoder": decoding(wanted.model, wanted.pictures, 3 * wanted.rounds),
-        "memory, ms a row": memory(again, -(-wanted.rounds // 2)),
+    again = [sys.executable, __file__, "--only-call", "--model", options.model, "--rows", str(options.rows)]
+    results = {
+        "decoder": decoding(options.model, options.pictures, 3 * options.rounds),
+        "memory, ms a row": memory(again, -(-options.rounds // 2)),
     }
-    if wanted.json:
-        print(json.dumps({**vars(wanted), "torch": torch.__version__, **found}, indent=1))
+    if options.json:
+        print(json.dumps({**vars(options), "torch": torch.__version__, **results}, indent=1))
         return
-    for name, figures in found["decoder"].items():
+    for name, figures in results["decoder"].items():
         print(f"{name:17s} {figures['ms a picture']:.3f} ms a picture, {figures['rms']:.5f} from float32")
-    for name, ms in found["memory, ms a row"].items():
+    for name, ms in results["memory, ms a row"].items():
         print(f"{name:17s} {ms:.3f} ms a row of a network call")
 
 

@@ -74,13 +74,13 @@ def question(r: random.Random, picture: bytes = WHOLE, count: int = 2) -> dict[s
 
 
 def request(body: bytes, *headers: str, line: str = "POST /v1/score HTTP/1.1", length: int | None = None) -> bytes:
-    told = (f"Authorization: Bearer {SECRET}", "Content-Type: application/json", "Connection: close", "Host: here")
+    fixed = (f"Authorization: Bearer {SECRET}", "Content-Type: application/json", "Connection: close", "Host: here")
     size = (
         ()
         if length is None and "Transfer-Encoding" in " ".join(headers)
         else (f"Content-Length: {len(body) if length is None else length}",)
     )
-    return "\r\n".join((line, *told, *size, *headers, "", "")).encode() + body
+    return "\r\n".join((line, *fixed, *size, *headers, "", "")).encode() + body
 
 
 def damaged(r: random.Random, data: bytes) -> bytes:
@@ -113,9 +113,9 @@ def lying_length(r: random.Random) -> bytes:
 
 def chunks(r: random.Random) -> bytes:
     body = asked(r)
-    told = r.choice((len(body), 1, 10**9, 2**70))
+    length = r.choice((len(body), 1, 10**9, 2**70))
     end = r.choice((b"\r\n0\r\n\r\n", b"", b"\r\n"))
-    return request(b"%x\r\n%s%s" % (told, body, end), "Transfer-Encoding: chunked")
+    return request(b"%x\r\n%s%s" % (length, body, end), "Transfer-Encoding: chunked")
 
 
 def other_line(r: random.Random) -> bytes:
@@ -175,10 +175,10 @@ def outcome(port: int, data: bytes) -> str:
         pass
     if not answer:
         return "closed"
-    found = re.match(rb"HTTP/1\.1 (\d{3}) ", answer)
-    if found is None:
+    match = re.match(rb"HTTP/1\.1 (\d{3}) ", answer)
+    if match is None:
         return "! no HTTP"
-    status, body = found[1].decode(), answer.partition(b"\r\n\r\n")[2]
+    status, body = match[1].decode(), answer.partition(b"\r\n\r\n")[2]
     if status[0] in "45" and body.startswith(b"{"):
         detail = json.JSONDecoder().raw_decode(body.decode())[0]["detail"]  # what follows answers another request
         if not isinstance(detail, str) or "\n" in detail or not 0 < len(detail) <= 2000:
@@ -188,7 +188,7 @@ def outcome(port: int, data: bytes) -> str:
 
 def fuzz(requests: int, clients: int, seed: int) -> dict[str, Any]:
     os.environ[TOKEN] = SECRET
-    port, found, counts, slowest, lock = free_port(), Counter[str](), Counter[str](), [0.0], threading.Lock()
+    port, answers, counts, slowest, lock = free_port(), Counter[str](), Counter[str](), [0.0], threading.Lock()
     with tempfile.TemporaryFile("w+") as said:
         server = Server(port, "--max-megabytes", str(MEGABYTES), stderr=said)
 
@@ -199,7 +199,7 @@ def fuzz(requests: int, clients: int, seed: int) -> dict[str, Any]:
                 data, start = KINDS[kind](r), time.perf_counter()
                 result = outcome(port, data)
                 with lock:
-                    found[result] += 1
+                    answers[result] += 1
                     counts[kind] += 1
                     slowest[0] = max(slowest[0], time.perf_counter() - start)
                     if (i + 1) % max(1, requests // 4) == 0:
@@ -215,13 +215,13 @@ def fuzz(requests: int, clients: int, seed: int) -> dict[str, Any]:
         seconds, code = time.perf_counter() - start, server.stop()
         said.seek(0)
         tracebacks = said.read().count("Traceback")
-    scored = sum(honest.found, Counter[str]())
+    scored = sum(honest.verdicts, Counter[str]())
     return {
-        "requests": sum(found.values()),
+        "requests": sum(answers.values()),
         "by_kind": dict(sorted(counts.items())),
-        "answers": dict(sorted(found.items())),
-        "errors_500": found["500"],
-        "not_answered_as_promised": sum(n for name, n in found.items() if name.startswith("!")),
+        "answers": dict(sorted(answers.items())),
+        "errors_500": answers["500"],
+        "not_answered_as_promised": sum(n for name, n in answers.items() if name.startswith("!")),
         "tracebacks": tracebacks,
         "honest_pictures_right": scored["right"],
         "honest_pictures_wrong_or_missing": scored.total() - scored["right"],

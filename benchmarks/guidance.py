@@ -37,11 +37,11 @@ def main() -> None:
     parser.add_argument("target", nargs="?", default="shapes-flow")
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--json", action="store_true")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     ranks, reward, judge = Ranks(), load_mixture([RewardTerm("shapes")], frames=1), judge_for("shapes")
-    model = ModelChoice(wanted.target)
+    model = ModelChoice(options.target)
     config = model.config
-    if config.model.path == wanted.target:  # no run: as the quickstart would load it
+    if config.model.path == options.target:  # no run: as the quickstart would load it
         auto = resolve_dtype(replace(config, model=replace(config.model, dtype="auto")), ranks)
         policy = policy_from(auto.model, policy_context(auto, ranks))
     else:
@@ -50,21 +50,21 @@ def main() -> None:
     def measured(split: str, pictures: int, steps: int, scale: float) -> dict[str, float | None]:
         prompts = eval_prompts("shapes", split, pictures)
         sampler = Sampler(policy, reward, ode(policy, steps, scale, 64))
-        found = evaluate(sampler, prompts, EvalSettings().seed, ranks, Measures(judge))
-        return {name: round(found.mean(name) or 0, 4) for name in ("strict", "graded", "judge")}
+        evaluation = evaluate(sampler, prompts, EvalSettings().seed, ranks, Measures(judge))
+        return {name: round(evaluation.mean(name) or 0, 4) for name in ("strict", "graded", "judge")}
 
-    validation = {(n, w): measured("validation", wanted.pictures // 2, n, w) for n, w in product(STEPS, SCALES)}
+    validation = {(n, w): measured("validation", options.pictures // 2, n, w) for n, w in product(STEPS, SCALES)}
     best = max(validation, key=lambda pair: validation[pair]["strict"] or 0)
     result = {
-        "target": wanted.target,
-        "pictures": wanted.pictures,
+        "target": options.target,
+        "pictures": options.pictures,
         "validation_strict": {f"{n} steps, guidance {w:g}": v["strict"] for (n, w), v in validation.items()},
         "test": {
-            f"{n} steps, guidance {w:g}": measured("test", wanted.pictures, n, w)
+            f"{n} steps, guidance {w:g}": measured("test", options.pictures, n, w)
             for n, w in dict.fromkeys([(10, 1.0), best])
         },
     }
-    print(json.dumps(result, indent=1) if wanted.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    print(json.dumps(result, indent=1) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 
 if __name__ == "__main__":

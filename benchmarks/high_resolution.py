@@ -80,9 +80,9 @@ class Bench:
         self.sampling: Sampling = sampling_for(self.policy, settings, range(STEPS), Record())
 
     @torch.no_grad()
-    def decoded(self, x0_NCHW: Tensor, how: str = "whole") -> Pictures:
-        policy = self.tiled if how == "tiled" else self.policy
-        decode = policy.preview if how == "tiny" else policy.decode
+    def decoded(self, x0_NCHW: Tensor, decoding: str = "whole") -> Pictures:
+        policy = self.tiled if decoding == "tiled" else self.policy
+        decode = policy.preview if decoding == "tiny" else policy.decode
         return Pictures.cat([decode(x0_CHW[None]) for x0_CHW in x0_NCHW])
 
     def scores(self, pictures: Pictures, reward: str = "jpeg") -> Tensor:
@@ -115,8 +115,8 @@ class Bench:
         pictures = self.decoded(x)
         process, output = self.sampling.process, torch.randn_like(x)
         parts["projection"] = seconds(lambda: process.x0(5, x, output))
-        for how in ("whole", "tiled", "tiny"):
-            parts[f"decode, {how}"] = seconds(lambda how=how: self.decoded(x, how))
+        for decoding in ("whole", "tiled", "tiny"):
+            parts[f"decode, {decoding}"] = seconds(lambda decoding=decoding: self.decoded(x, decoding))
         for name in self.rewards:
             parts[f"reward, {name}"] = seconds(lambda name=name: self.scores(pictures, name))
         return parts
@@ -143,8 +143,8 @@ class Bench:
         def watch(step: int, batch: Trajectories) -> Trajectories:
             if step in PREVIEWED:
                 x0_NCHW = projected(denoiser, batch, step, 1, Meter())
-                for how in ("whole", "tiled") if step == TILED_AT else ("whole",):
-                    previews[f"{how}@{step}"] = self.scores(self.decoded(x0_NCHW, how)).tolist()
+                for decoding in ("whole", "tiled") if step == TILED_AT else ("whole",):
+                    previews[f"{decoding}@{step}"] = self.scores(self.decoded(x0_NCHW, decoding)).tolist()
             return batch
 
         batch = expand(self.policy, torch.tensor([slot]), GROUP, self.sampling, NoiseKey(0, 0))
@@ -253,15 +253,16 @@ def overlap(groups: Sequence[dict[str, Any]], names: tuple[str, str]) -> float:
     return sum(len(a & b) for a, b in pairs) / (KEEP * len(pairs))
 
 
-def shares(units: dict[str, float], plan: str, how: str) -> dict[str, float]:
+def shares(units: dict[str, float], plan: str, decoding: str) -> dict[str, float]:
     """The seconds of one prompt's rollout and update by part, from the parts' own seconds and the plan's counts."""
     cost = preset(plan, STEPS).predict(STEPS, STEPS - 1, False, 1, frozenset(), 1)
-    decode = units[f"decode, {how}"]
+    decode = units[f"decode, {decoding}"]
     return {
         "text": units["text"],
         "network calls": cost.nfe * units["network call"],
         "previews": cost.previews * (units["projection"] + decode + units["reward, OCR"]),
-        "final decodes": (cost.decodes - cost.previews) * units["decode, tiled" if how == "tiled" else "decode, whole"],
+        "final decodes": (cost.decodes - cost.previews)
+        * units["decode, tiled" if decoding == "tiled" else "decode, whole"],
         "rewards (OCR)": (cost.reward_calls - cost.previews) * units["reward, OCR"],
         "update": cost.trained_steps * units["forward and backward"],
     }
@@ -294,7 +295,9 @@ def _parts(entries: Entries) -> str:
 
 
 def _memory(entries: Entries) -> str:
-    rows = [_row(how, [f"{entry['memory'][how]:,.1f}" for entry in entries.values()]) for how in DECODERS]
+    rows = [
+        _row(decoding, [f"{entry['memory'][decoding]:,.1f}" for entry in entries.values()]) for decoding in DECODERS
+    ]
     title = f"The most memory that lives while {MEASURED} pictures are decoded, in MB:"
     return _table(title, "decoding", entries, rows)
 
@@ -303,11 +306,13 @@ def _all_shares(entries: Entries) -> str:
     rows, columns = [], dict.fromkeys(shares(next(iter(entries.values()))["units"], "none", "whole"))
     for title, entry in entries.items():
         for plan in PLANS:
-            for how in ("whole",) if plan == "none" else ("whole", "tiled", "tiny"):
-                taken = shares(entry["units"], plan, how)
+            for decoding in ("whole",) if plan == "none" else ("whole", "tiled", "tiny"):
+                taken = shares(entry["units"], plan, decoding)
                 whole = sum(taken.values())
                 cells = [f"{100 * value / whole:.1f} %" for value in taken.values()]
-                rows.append(_row(f"{title}: {plan if plan == 'none' else f'{plan}, {how}'}", [*cells, f"{whole:,.0f}"]))
+                rows.append(
+                    _row(f"{title}: {plan if plan == 'none' else f'{plan}, {decoding}'}", [*cells, f"{whole:,.0f}"])
+                )
     title = "Shares of one prompt's iteration, by plan and decoder of previews:"
     return _table(title, "plan", [*columns, "core seconds"], rows)
 
@@ -350,9 +355,9 @@ def _predictions(entries: Entries) -> str:
     stages = [(f"{stage}, share of operations", "whole", stage) for stage in ("sampling", "decoding", "update")]
     stages.append(("decoding in tiles, share", "tiled", "decoding"))
     rows = [_row(label, [_planned_share(entry, *of) for entry in entries.values()]) for label, *of in stages]
-    for how in ("whole", "sliced", "tiled"):
-        gb = [f"{entry['planned'][how]['decoding_gb']:.2f} GB" for entry in entries.values()]
-        rows.append(_row(f"memory of decoding, {how}", gb))
+    for decoding in ("whole", "sliced", "tiled"):
+        gb = [f"{entry['planned'][decoding]['decoding_gb']:.2f} GB" for entry in entries.values()]
+        rows.append(_row(f"memory of decoding, {decoding}", gb))
     recipes = ", ".join(f"{model.title} by `{model.recipe}`" for model in NARROW_MODELS.values())
     title = wrapped(f"What `progrpo plan` predicts of the published models ({recipes}; each with its recipe's plan):")
     return _table(title, "figure", entries, rows)
@@ -362,8 +367,8 @@ def _table(title: str, first: str, columns: Iterable[str], rows: Sequence[str]) 
     return "\n".join([title, "", *_head(first, list(columns)), *rows])
 
 
-def _planned_share(entry: dict[str, Any], how: str, stage: str) -> str:
-    pflops = entry["planned"][how]["pflops"]
+def _planned_share(entry: dict[str, Any], decoding: str, stage: str) -> str:
+    pflops = entry["planned"][decoding]["pflops"]
     return f"{100 * pflops[stage] / sum(pflops.values()):.1f} %"
 
 

@@ -95,34 +95,34 @@ _PRODUCTS = 8 if torch.cuda.is_available() else 1
 _REPEATS = 3
 
 
-def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
-    base = Config(model=ModelSettings(path=model, dtype="auto", compile=wanted.compile))
+def config_for(model: str, plan: str, options: argparse.Namespace) -> Config:
+    base = Config(model=ModelSettings(path=model, dtype="auto", compile=options.compile))
     chosen, sampling = WINDOW if plan == "window" else (PlanSettings(preset=plan), base.sampling)
     config = replace(
         base,
         plan=chosen,
-        sampling=replace(sampling, microbatch=wanted.microbatch),
+        sampling=replace(sampling, microbatch=options.microbatch),
         preview=PreviewSettings(decoder="tiny"),  # so that the policy has it; what runs is set below
-        objective=replace(base.objective, name=wanted.objective),
-        optim=replace(base.optim, reuse_rollout=wanted.reuse_rollout, microbatch=wanted.train_microbatch),
-        prompts=replace(base.prompts, per_iteration=wanted.prompts),
+        objective=replace(base.objective, name=options.objective),
+        optim=replace(base.optim, reuse_rollout=options.reuse_rollout, microbatch=options.train_microbatch),
+        prompts=replace(base.prompts, per_iteration=options.prompts),
         audit=replace(base.audit, every=0),
     )
-    return of_real_size(config, wanted) if wanted.random_weights else config
+    return of_real_size(config, options) if options.random_weights else config
 
 
-def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
-    pixels = wanted.resolution or []
+def of_real_size(config: Config, options: argparse.Namespace) -> Config:
+    pixels = options.resolution or []
     model = replace(
         config.model,
         dtype="bfloat16",
         lora_rank=32,
         lora_alpha=64,
         resolution=pixels[0] if len(pixels) == 1 else (pixels[0], pixels[1]) if pixels else None,
-        max_sequence_length=wanted.max_sequence_length,
-        activation_checkpointing=wanted.activation_checkpointing,
+        max_sequence_length=options.max_sequence_length,
+        activation_checkpointing=options.activation_checkpointing,
     )
-    sampling = replace(config.sampling, guidance_scale=wanted.guidance_scale)
+    sampling = replace(config.sampling, guidance_scale=options.guidance_scale)
     reward = RewardSettings((RewardTerm("jpeg_compressibility"),))
     return replace(config, model=model, sampling=sampling, reward=reward, preview=PreviewSettings())
 
@@ -135,12 +135,13 @@ def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
     pipeline = without_weights(settings.path, torch_dtype(settings))
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder"):
-            setattr(pipeline, name, torch.nn.Identity())  # nobody asks it for anything
+            setattr(pipeline, name, torch.nn.Identity())  # nobody asks it for a text, or for its settings
         elif isinstance(part, torch.nn.Module):
             fill(part.to_empty(device=context.device))
     policy: Any = policy_from_pipeline(pipeline, settings, context)
     tiny = random_tiny_decoder(policy)
     policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
+    policy.family.condition_shapes = lambda: shapes
     policy.family.encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
     return policy  # type: ignore[no-any-return]
 
@@ -185,8 +186,8 @@ class Bare:
         rows = torch.arange(size) % len(self.prompts)
         x = torch.randn(size, *self.policy.latent_shape, generator=torch.Generator().manual_seed(0))
         x = x.to(self.policy.device)
-        told = self.condition.take(rows.to(self.policy.device))
-        return self.policy.predict(x, self.timestep.to(x), told, self.guidance)
+        condition = self.condition.take(rows.to(self.policy.device))
+        return self.policy.predict(x, self.timestep.to(x), condition, self.guidance)
 
     def _train(self, size: int) -> None:
         for _ in range(self.passes):
@@ -205,7 +206,7 @@ class Bare:
         latents = torch.randn(decoded, *self.policy.latent_shape).to(self.policy.device)
         groups, pictures = self.rolled.group_N[:DECODED], self.rolled.pictures.images_NHWC[:DECODED].numpy()
         asked = [self.prompts[g] for g in groups]
-        probe, told, group = Probe(1), text_features(self.condition), torch.arange(calls) * len(self.prompts) // calls
+        probe, texts, group = Probe(1), text_features(self.condition), torch.arange(calls) * len(self.prompts) // calls
         seen = latent_features(torch.randn(calls, *self.policy.latent_shape))
         finished = Trajectories(group, group, torch.arange(calls), seen, latent_features=(seen,))
         probe.learn(list(probe_examples(finished, self.condition, torch.randn(calls)).values()))
@@ -215,7 +216,7 @@ class Bare:
             "tiny": (lambda: self.policy.preview(latents), decoded),
             "matmul": (self._matmul, 1),
             "reward": (lambda: self.reward.score(pictures, asked, groups), len(asked)),
-            "probe": (lambda: probe.score(0, seen, told, group), calls),
+            "probe": (lambda: probe.score(0, seen, texts, group), calls),
         }
         units = {name: seconds(work) / rows for name, (work, rows) in works.items()}
         by_shape = {shape: seconds(partial(self._sample, shape)) / shape for shape in set(self.shapes_T)}
@@ -232,13 +233,13 @@ def seconds(work: Callable[[], object]) -> float:
     """The median of some calls, after one."""
     work()
     synchronize()
-    found = []
+    times = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
         work()
         synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def synchronize() -> None:
@@ -373,23 +374,23 @@ def main() -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", help="print JSON, or write it to a file as each plan is measured"
     )
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     quiet()
-    found: dict[str, dict[str, Any]] = {}
-    for model in wanted.models:
-        for plan in wanted.plans:
-            result = measure(config_for(model, plan, wanted), wanted.iterations, wanted.random_weights)
-            found.setdefault(model, {})[plan] = result
-            print(line(model, plan, result), flush=True, file=sys.stderr if wanted.json else sys.stdout)
-            if wanted.json not in (None, "-"):  # so that what is there stays, if a lent machine goes
-                Path(wanted.json).write_text(as_json(wanted, found))
-    if wanted.json == "-":
-        print(as_json(wanted, found), end="")
+    plans: dict[str, dict[str, Any]] = {}
+    for model in options.models:
+        for plan in options.plans:
+            result = measure(config_for(model, plan, options), options.iterations, options.random_weights)
+            plans.setdefault(model, {})[plan] = result
+            print(line(model, plan, result), flush=True, file=sys.stderr if options.json else sys.stdout)
+            if options.json not in (None, "-"):  # so that what is there stays, if a lent machine goes
+                Path(options.json).write_text(as_json(options, plans))
+    if options.json == "-":
+        print(as_json(options, plans), end="")
 
 
-def as_json(wanted: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
+def as_json(options: argparse.Namespace, plans: dict[str, dict[str, Any]]) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return json.dumps({**vars(wanted), "torch": torch.__version__, "device": device, "plans": found}, indent=1) + "\n"
+    return json.dumps({**vars(options), "torch": torch.__version__, "device": device, "plans": plans}, indent=1) + "\n"
 
 
 def line(model: str, plan: str, r: dict[str, Any]) -> str:

@@ -120,7 +120,7 @@ def progrpo(arguments: Sequence[str], run: Path, room: str, nth: int, log: Path)
 
 
 @dataclass
-class Found:
+class Tally:
     runs: int = 0
     """Ended, and equal to the unbroken one to the last bit."""
     kills: int = 0
@@ -148,26 +148,26 @@ class Campaign:
 
     def __init__(self, config: Path, home: Path, seed: int, stages: Iterable[int], room: str = "") -> None:
         self.config, self.run, self.straight, self.log = config, home / "killed", home / "straight", home / "touched"
-        self.draw, self.found = random.Random(seed), Found()
+        self.draw, self.tally = random.Random(seed), Tally()
         self.iterations = json.loads(config.read_text())["iterations"]
         self.stages, self.room, self.span = deque(stages), room, 0.0
 
-    def go(self, kills: int) -> Found:
+    def go(self, kills: int) -> Tally:
         """Run at least so many kills, and all stages."""
         start = time.perf_counter()
         process = self._start(self.straight, "", 0, resume=False)
         process.join()
         self._require_success(process)
         self.span = 0.4 * RunFolder(self.straight).summary.read()["wall_seconds"]
-        while self.stages or self.found.kills < kills:
+        while self.stages or self.tally.kills < kills:
             shutil.rmtree(self.run, ignore_errors=True)
-            while self._attempt(bool(self.stages) or self.found.kills < kills):
+            while self._attempt(bool(self.stages) or self.tally.kills < kills):
                 pass
-            if found := differences(self.straight, self.run):
-                raise SystemExit(f"a killed run differs from the unbroken one: {'; '.join(found)}")
-            self.found.runs += 1
-        self.found.seconds = time.perf_counter() - start
-        return self.found
+            if differing := differences(self.straight, self.run):
+                raise SystemExit(f"a killed run differs from the unbroken one: {'; '.join(differing)}")
+            self.tally.runs += 1
+        self.tally.seconds = time.perf_counter() - start
+        return self.tally
 
     def _attempt(self, to_be_killed: bool) -> bool:
         """Start or resume the run; return whether it was killed before its end."""
@@ -179,7 +179,7 @@ class Campaign:
             process.join(delay)
             process.kill()
         process.join()
-        self.found.resumes += before.checkpoint is not None
+        self.tally.resumes += before.checkpoint is not None
         if process.exitcode == -signal.SIGKILL:
             self._count(
                 before, Standing.of(self.run), "at a random moment" if delay is not None else self._stage(before)
@@ -204,21 +204,21 @@ class Campaign:
         """
         touched = [line.split("\t") for line in self.log.read_text().splitlines()]
         if before.checkpoint is not None and touched.count(["open", "metrics.jsonl"]) > 1 and self.stages:
-            self.found.enumerated = len(touched) - 1
+            self.tally.enumerated = len(touched) - 1
             self.stages.clear()
         what, place = touched[-1]
         place = re.sub(r"[.][0-9]+[.]writing$", "", place)
         return f"{place.split(os.sep)[0]}: {what.removeprefix('os.')}"
 
     def _count(self, before: Standing, after: Standing, stage: str) -> None:
-        found = self.found
-        found.kills += 1
-        found.by_stage[stage] += 1
-        found.begun_anew += after.checkpoint is None
-        found.iterations_redone += after.records - (after.checkpoint or 0)
-        found.bytes_unfinished += after.unfinished
+        tally = self.tally
+        tally.kills += 1
+        tally.by_stage[stage] += 1
+        tally.begun_anew += after.checkpoint is None
+        tally.iterations_redone += after.records - (after.checkpoint or 0)
+        tally.bytes_unfinished += after.unfinished
         if (after.checkpoint or 0) < (before.checkpoint or 0):
-            found.bytes_lost += before.size
+            tally.bytes_lost += before.size
         if after.records < (after.checkpoint or 0):
             raise SystemExit(f"killed {stage}: metrics.jsonl lacks what is in a checkpoint ({before}, {after})")
 
@@ -264,13 +264,13 @@ class Standing:
             Image.open(path).load()
         for path in run.glob("lora/*.safetensors"):
             safetensors.torch.load_file(path)
-        found = [path for path in saved(run) if is_whole(path)]
-        if found != saved(run)[-len(found) :] and found:  # only those that are being deleted may be in parts
+        whole = [path for path in saved(run) if is_whole(path)]
+        if whole != saved(run)[-len(whole) :] and whole:  # only those that are being deleted may be in parts
             raise SystemExit(f"a damaged checkpoint among {[path.name for path in saved(run)]}")
         unfinished = [p for p in run.rglob("*") if re.search(r"\.(writing|previous)(/|$)", str(p)) and p.is_file()]
         return cls(
-            int(found[-1].name.removeprefix("iteration_")) if found else None,
-            sum(path.stat().st_size for path in found[-1].iterdir()) if found else 0,
+            int(whole[-1].name.removeprefix("iteration_")) if whole else None,
+            sum(path.stat().st_size for path in whole[-1].iterdir()) if whole else 0,
             len(RunFolder(run).metrics.read()),
             sum(path.stat().st_size for path in unfinished),
         )
@@ -286,7 +286,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 def differences(straight: Path, run: Path) -> list[str]:
     """The differences of two runs, seconds aside."""
-    found = [
+    differing = [
         name
         for name, read in {
             "checkpoint": checkpoint_of,
@@ -305,7 +305,7 @@ def differences(straight: Path, run: Path) -> list[str]:
         if not same(read(straight), read(run))
     ]
     pictures = [p.relative_to(straight) for p in straight.rglob("*.png")]
-    return found + [str(p) for p in pictures if (straight / p).read_bytes() != (run / p).read_bytes()]
+    return differing + [str(p) for p in pictures if (straight / p).read_bytes() != (run / p).read_bytes()]
 
 
 def checkpoint_of(run: Path) -> dict[str, Any]:
@@ -362,25 +362,25 @@ def campaign() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kills"))
     parser.add_argument("--json", action="store_true", help="print JSON")
-    wanted = parser.parse_args()
-    home = wanted.out.resolve()
+    options = parser.parse_args()
+    home = options.out.resolve()
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     config = home / "config.json"
     config.write_text(config_to_json(configuration(home)))
-    found = Campaign(config, home, wanted.seed, range(1, 1000)).go(wanted.kills)
-    print(json.dumps(asdict(found), indent=1) if wanted.json else in_words(found))
-    sys.exit(1 if found.bytes_lost else 0)
+    tally = Campaign(config, home, options.seed, range(1, 1000)).go(options.kills)
+    print(json.dumps(asdict(tally), indent=1) if options.json else in_words(tally))
+    sys.exit(1 if tally.bytes_lost else 0)
 
 
-def in_words(found: Found) -> str:
-    stages = "\n".join(f"  {stage:<30}{times:>4}" for stage, times in sorted(found.by_stage.items()))
+def in_words(tally: Tally) -> str:
+    stages = "\n".join(f"  {stage:<30}{times:>4}" for stage, times in sorted(tally.by_stage.items()))
     return (
-        f"{found.kills} kills in {found.seconds / 60:.1f} min, {found.resumes} resumes, {found.begun_anew} begun anew;"
-        f" {found.runs} runs ended, each equal to the unbroken one\n"
-        f"{found.iterations_redone} finished iterations done again, {found.bytes_lost} bytes lost,"
-        f" {found.bytes_unfinished:,} bytes of unfinished files left behind and cleared\n"
-        f"killed before each of the {found.enumerated} writes of a resumed process in its first iteration;"
+        f"{tally.kills} kills in {tally.seconds / 60:.1f} min, {tally.resumes} resumes, {tally.begun_anew} begun anew;"
+        f" {tally.runs} runs ended, each equal to the unbroken one\n"
+        f"{tally.iterations_redone} finished iterations done again, {tally.bytes_lost} bytes lost,"
+        f" {tally.bytes_unfinished:,} bytes of unfinished files left behind and cleared\n"
+        f"killed before each of the {tally.enumerated} writes of a resumed process in its first iteration;"
         f" all kills by stage:\n{stages}"
     )
 

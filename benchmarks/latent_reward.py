@@ -330,8 +330,10 @@ def tables(results: Sequence[Mapping[str, Any]]) -> str:
             lines += ["", f"{model}, {setting} steps, Spearman with the final {target} ({seeds_of(own)} seeds):", ""]
             lines += ["| preview | pairs | " + " | ".join(map(str, range(steps))) + " |", "|---|---|" + "---|" * steps]
             for kind, size in itertools.product(SHOWN, sorted({r["pairs"] for r in own})):
-                found = [r["spearman"] for r in own if (r["kind"], r["pairs"], r["target"]) == (kind, size, target)]
-                mean = np.mean(found, axis=0)
+                correlations = [
+                    r["spearman"] for r in own if (r["kind"], r["pairs"], r["target"]) == (kind, size, target)
+                ]
+                mean = np.mean(correlations, axis=0)
                 lines.append(f"| {kind} | {size} | " + " | ".join(f"{value:.2f}" for value in mean) + " |")
     for model in dict.fromkeys(r["model"] for r in results):
         own = [r["costs"] for r in results if "costs" in r and r["model"] == model]

@@ -47,20 +47,20 @@ TEXTS, STEPS, REPEATS = 24, 10, 3
 def seconds(work: Callable[[], object]) -> float:
     """The least of some calls, after one that does not count."""
     work()
-    found = []
+    times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         work()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def passes(settings: ModelSettings) -> dict[str, float]:
     policy: Any = policy_from_pipeline(random_sd3(), settings)
-    told = {name: torch.randn(1, *shape) for name, shape in policy.family.condition_shapes().items()}
+    tensors = {name: torch.randn(1, *shape) for name, shape in policy.family.condition_shapes().items()}
 
     def call(rows: int) -> torch.Tensor:
-        condition = Condition({name: t.expand(rows, *t.shape[1:]) for name, t in told.items()})
+        condition = Condition({name: t.expand(rows, *t.shape[1:]) for name, t in tensors.items()})
         output: torch.Tensor = policy.predict(torch.randn(rows, *policy.latent_shape), torch.tensor(500.0), condition)
         return output
 
@@ -82,14 +82,14 @@ def passes(settings: ModelSettings) -> dict[str, float]:
 def off_by(**changes: Any) -> dict[str, float]:
     """The error of a changed shapes-flow at the latents that the unchanged one comes to."""
     whole, changed = (load_policy(replace(ModelSettings(), **c)) for c in ({}, changes))
-    prompts, levels, found = sample_prompts("test", TEXTS, seed=0), whole.levels(STEPS), []
-    told = {policy: policy.encode(prompts) for policy in (whole, changed)}
+    prompts, levels, errors = sample_prompts("test", TEXTS, seed=0), whole.levels(STEPS), []
+    conditions = {policy: policy.encode(prompts) for policy in (whole, changed)}
     x = torch.randn(TEXTS, *whole.latent_shape, generator=torch.Generator().manual_seed(0))
     for step in range(STEPS):
-        one, other = (policy.predict(x, levels.timestep[step], told[policy]) for policy in (whole, changed))
-        found.append(((other - one).norm() / one.norm()).item())
+        one, other = (policy.predict(x, levels.timestep[step], conditions[policy]) for policy in (whole, changed))
+        errors.append(((other - one).norm() / one.norm()).item())
         x = x + (levels.sigma[step + 1] - levels.sigma[step]) * one
-    return {"off_by_median": median(found), "off_by_last": found[-1]}
+    return {"off_by_median": median(errors), "off_by_last": errors[-1]}
 
 
 @torch.no_grad()
@@ -141,9 +141,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(results))
         return
-    for name, told in results.items():
+    for name, figures in results.items():
         print(name)
-        for figure, value in told.items():
+        for figure, value in figures.items():
             print(f"  {figure:32s}{value:10.4f}")
 
 

@@ -101,10 +101,10 @@ def allocated(work: Callable[[], object]) -> int:
 
 def compared(name: str, settings: ModelSettings, policy: PipelinePolicy | None = None) -> dict[str, object]:
     policy = policy or load_policy(settings)
-    told = {n: torch.randn(1, *shape) for n, shape in policy.family.condition_shapes().items()}
+    tensors = {n: torch.randn(1, *shape) for n, shape in policy.family.condition_shapes().items()}
 
     def call(rows: int) -> torch.Tensor:
-        condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in told.items()})
+        condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in tensors.items()})
         return policy.predict(torch.randn(rows, *policy.latent_shape), torch.tensor(500.0), condition)
 
     def sample() -> None:
@@ -121,8 +121,8 @@ def compared(name: str, settings: ModelSettings, policy: PipelinePolicy | None =
         "forward and backward pass": allocated(train),
         "decoding": allocated(lambda: policy.decode(torch.randn(DECODED, *policy.latent_shape))),
     }
-    found = sizes(settings, CALLED, TRAINED, DECODED)
-    predicted = dict(zip(measured, (found.call_bytes, found.train_bytes, found.decode_bytes), strict=True))
+    estimated = sizes(settings, CALLED, TRAINED, DECODED)
+    predicted = dict(zip(measured, (estimated.call_bytes, estimated.train_bytes, estimated.decode_bytes), strict=True))
     return {
         "model": name,
         **{
@@ -135,7 +135,7 @@ def compared(name: str, settings: ModelSettings, policy: PipelinePolicy | None =
 def watched_step(trainer: Trainer) -> dict[str, int]:
     """The most bytes that live at once while sampling, and in the update, of a trainer's next iteration."""
     gc.collect()
-    watch = Watch([found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)])
+    watch = Watch([tensor for tensor in gc.get_objects() if issubclass(type(tensor), torch.Tensor)])
     most: dict[str, int] = {}
     learn = trainer.learner.learn
 
@@ -162,12 +162,12 @@ def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     trainer = Trainer(config, policy, load_mixture(config.reward.terms, config.reward.frames), order, ranks)
     trainer.step()
     measured = watched_step(trainer)
-    found = estimate(config, "h100", 0.35, 1)
+    estimated = estimate(config, "h100", 0.35, 1)
     always = "frozen weights", "decoder", "trained weights, optimizer", "copies of trained weights", "rewards"
-    resident = sum(found["memory_gb"][part] for part in always) * 1e9
+    resident = sum(estimated["memory_gb"][part] for part in always) * 1e9
     side = 4 * policy.latent_shape[-1]
     pictures = config.prompts.per_iteration * resolve_plan(config).finalists * side**2 * 3
-    return {name: found["peak_gb"][name] * 1e9 - resident + pictures for name in measured}, {**measured}
+    return {name: estimated["peak_gb"][name] * 1e9 - resident + pictures for name in measured}, {**measured}
 
 
 def iterations() -> dict[str, Config]:
@@ -215,19 +215,19 @@ def main() -> None:
             results.append(compared(name, replace(settings, path=folder), policy_from_pipeline(random_sd3(), settings)))
     for name, config in iterations().items():
         predicted, measured = iteration(config)
-        told = {
+        figures = {
             n: {"predicted_MB": predicted[n] / 1e6, "measured_MB": b / 1e6, "ratio": predicted[n] / b}
             for n, b in measured.items()
         }
-        results.append({"model": f"an iteration: {name}", **told})
+        results.append({"model": f"an iteration: {name}", **figures})
     if options.json:
         print(json.dumps(results))
         return
     for result in results:
         print(result["model"])
-        for part, told in result.items():
-            if isinstance(told, dict):
-                print(f"  {part:28s}" + "   ".join(f"{name} {value:9.2f}" for name, value in told.items()))
+        for part, figures in result.items():
+            if isinstance(figures, dict):
+                print(f"  {part:28s}" + "   ".join(f"{name} {value:9.2f}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":

@@ -117,9 +117,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.out or Path(temporary)
         write_runs(folder, arguments.runs, arguments.iterations)
-        found = measure(folder, arguments.compared)
+        figures = measure(folder, arguments.compared)
     print(
-        json.dumps(found) if arguments.json else "\n".join(f"{name:>28}  {value:.3f}" for name, value in found.items())
+        json.dumps(figures)
+        if arguments.json
+        else "\n".join(f"{name:>28}  {value:.3f}" for name, value in figures.items())
     )
 
 

@@ -184,16 +184,16 @@ class Moments(NamedTuple):
         return cls(_off_diagonal(with_full_PP), mean_sq, float(np.trace(own_PP)) / len(own_PP) - mean_sq)
 
 
-def _off_diagonal(found_PP: np.ndarray) -> float:
-    count = len(found_PP)
-    return float(found_PP.sum() - np.trace(found_PP)) / (count * (count - 1))
+def _off_diagonal(products_PP: np.ndarray) -> float:
+    count = len(products_PP)
+    return float(products_PP.sum() - np.trace(products_PP)) / (count * (count - 1))
 
 
 def signal(by_seed: list[Moments]) -> float:
     """The SNR^2 of a prompt, up to the policy gradient's length, which all plans share."""
     along, _, variance = np.mean(by_seed, axis=0).tolist()
-    found: float = along * abs(along) / variance
-    return found
+    snr_sq: float = along * abs(along) / variance
+    return snr_sq
 
 
 def bearing(plan: list[Moments], full: list[Moments]) -> float:
@@ -207,18 +207,18 @@ def worth(plan: list[Tensor], none: list[Tensor], full: list[Tensor]) -> dict[st
     """The plan's signal over that of `none`, and its bearing, from gradients (P, DIMS) by seed."""
     kinds = (plan, none, full)
     products = [[((g @ f.T).numpy(), (g @ g.T).numpy()) for g, f in zip(of, full, strict=True)] for of in kinds]
-    found = [[Moments.of(*pair) for pair in by_seed] for by_seed in products]
+    moments = [[Moments.of(*pair) for pair in by_seed] for by_seed in products]
     signals, bearings = [], []
     for s, gradient_PD in enumerate(plan):
         for p in range(len(gradient_PD)):
             rest = np.arange(len(gradient_PD)) != p
             ours, theirs, whole = (
                 [*of[:s], Moments.of(*(x[rest][:, rest] for x in by_seed[s])), *of[s + 1 :]]
-                for of, by_seed in zip(found, products, strict=True)
+                for of, by_seed in zip(moments, products, strict=True)
             )
             signals.append(signal(ours) / signal(theirs))
             bearings.append(bearing(ours, whole))
-    ours, theirs, whole = found
+    ours, theirs, whole = moments
     _, mean_sq, variance = np.mean(ours, axis=0).tolist()
     return {
         "snr_sq": mean_sq / variance,
@@ -234,32 +234,32 @@ def _jackknife(without_one: list[float]) -> float:
     return float(np.sqrt((len(without_one) - 1) * np.var(without_one)))
 
 
-def config_for(wanted: argparse.Namespace) -> Config:
+def config_for(options: argparse.Namespace) -> Config:
     plain = Config(model=ModelSettings(dtype="auto"))
-    config = load_recipe(wanted.recipe) if wanted.recipe else replace(plain, plan=replace(plain.plan, preset="none"))
-    given = {name: getattr(wanted, name) for name in ("num_inference_steps", "guidance_scale")}
+    config = load_recipe(options.recipe) if options.recipe else replace(plain, plan=replace(plain.plan, preset="none"))
+    given = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
     sampling = replace(config.sampling, **{name: value for name, value in given.items() if value is not None})
-    if wanted.window:
-        sampling = replace(sampling, sde_window="first", sde_window_size=wanted.window)
-    preview = replace(config.preview, ode_steps=wanted.ode_steps)
+    if options.window:
+        sampling = replace(sampling, sde_window="first", sde_window_size=options.window)
+    preview = replace(config.preview, ode_steps=options.ode_steps)
     return replace(config, sampling=sampling, preview=preview, audit=replace(config.audit, every=0))
 
 
-def measure(wanted: argparse.Namespace) -> dict[str, Any]:
-    config, ranks = config_for(wanted), Ranks()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    config, ranks = config_for(options), Ranks()
     steps = config.sampling.num_inference_steps
-    named = {name: plan for name, plan in plans(steps).items() if name in ("none", *(wanted.plans or plans(steps)))}
+    named = {name: plan for name, plan in plans(steps).items() if name in ("none", *(options.plans or plans(steps)))}
     gradients: dict[str, list[Tensor]] = {name: [] for name in ("full", *named)}
     halves: list[Tensor] = []
     agreements: list[list[float | None]] = []
     finals: list[list[float]] = []
     seconds: dict[str, list[float]] = {name: [] for name in named}
-    for seed in wanted.seeds:
-        trainer = trained(replace(config, seed=seed), wanted.after, ranks)
+    for seed in options.seeds:
+        trainer = trained(replace(config, seed=seed), options.after, ranks)
         units, bench = unit_costs(trainer.totals.counted, trainer.totals.seconds), Bench(trainer)
         clip_max = trainer.learner.objective.settings.adv_clip_max
         of_seed: dict[str, list[Tensor]] = {name: [] for name in gradients}
-        for slot, prompt in enumerate(world.sample_prompts("validation", wanted.prompts, seed)):
+        for slot, prompt in enumerate(world.sample_prompts("validation", options.prompts, seed)):
             members = bench.group(prompt, slot, seed)
             for name, plan in {"full": Plan(LARGEST), **named}.items():
                 of_seed[name].append(gradient_of(plan, members, clip_max))
@@ -272,19 +272,19 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
                 print(f"seed {seed}: {slot + 1} prompts", file=sys.stderr, flush=True)
         for name, plan in named.items():
             seconds[name].append(units.seconds(prompt_cost(trainer.config, plan)))
-        for name, found in of_seed.items():
-            gradients[name].append(torch.stack(found))
+        for name, by_prompt in of_seed.items():
+            gradients[name].append(torch.stack(by_prompt))
     agreement_T = [float(np.mean([v or 0.0 for v in step])) for step in zip(*agreements, strict=True)]
     simulation = Simulation.of(agreement_T, finals, LARGEST)
     own_direction = own_noise(gradients["none"], halves) / simulation.signal(named["none"], ovf)
     expected = {name: of_prompt(simulation.signal(plan, ovf), own_direction) for name, plan in named.items()}
-    found = {}
+    results = {}
     for name, plan in named.items():
         ours = worth(gradients[name], gradients["none"], gradients["full"])
         predicted, spent = expected[name] / expected["none"], float(np.sum(seconds[name]) / np.sum(seconds["none"]))
         rates = {"pays": ours["signal"] / spent, "pays, predicted": predicted / spent}
-        found[name] = {"path": path(plan), **ours, "predicted": predicted, "seconds": spent, **rates}
-    return {"agreement": agreement_T, "own_direction": own_direction, "plans": found}
+        results[name] = {"path": path(plan), **ours, "predicted": predicted, "seconds": spent, **rates}
+    return {"agreement": agreement_T, "own_direction": own_direction, "plans": results}
 
 
 def own_noise(none: list[Tensor], halves: list[Tensor]) -> float:
@@ -307,16 +307,16 @@ def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
     return trainer
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     lines = ["| Plan | signal | predicted | bearing | seconds | pays | predicted |", "|---|---|---|---|---|---|---|"]
-    for name, r in found["plans"].items():
+    for name, r in results["plans"].items():
         lines.append(
             f"| {name} | {r['signal']:.2f} ± {r['error']:.2f} | {r['predicted']:.2f}"
             f" | {r['bearing']:.2f} ± {r['bearing, error']:.2f} | {r['seconds']:.2f}"
             f" | {r['pays']:.2f} ± {r['error'] / r['seconds']:.2f} | {r['pays, predicted']:.2f} |"
         )
-    told = ", ".join(f"{a:.2f}" for a in found["agreement"])
-    return "\n".join([*lines, "", f"Agreement of previews by step: {told}"])
+    agreement = ", ".join(f"{a:.2f}" for a in results["agreement"])
+    return "\n".join([*lines, "", f"Agreement of previews by step: {agreement}"])
 
 
 def main() -> None:
@@ -331,13 +331,13 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="noise and training on the first so many steps alone")
     parser.add_argument("--ode-steps", type=int, default=1, help="of previews")
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     quiet()
-    found = measure(wanted)
-    told = json.dumps({**vars(wanted), "torch": torch.__version__, **found}, indent=1) + "\n"
-    if wanted.json not in (None, "-"):
-        Path(wanted.json).write_text(told)
-    print(told if wanted.json == "-" else table(found))
+    results = measure(options)
+    content = json.dumps({**vars(options), "torch": torch.__version__, **results}, indent=1) + "\n"
+    if options.json not in (None, "-"):
+        Path(options.json).write_text(content)
+    print(content if options.json == "-" else table(results))
 
 
 if __name__ == "__main__":

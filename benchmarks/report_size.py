@@ -53,9 +53,9 @@ def pictures(count: int, side: int, rng: np.random.Generator) -> np.ndarray:
     frequencies[0, 0] = 1.0
     brightness, colours = (rng.standard_normal((count, channels, side, side)) for channels in (1, 3))
     noise = np.fft.rfft2(brightness + 0.3 * colours)
-    found = np.fft.irfft2(noise / frequencies, s=(side, side))
-    found = 128 + 50 * found / found.std(axis=(2, 3), keepdims=True)
-    return found.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    values_NCHW = np.fft.irfft2(noise / frequencies, s=(side, side))
+    values_NCHW = 128 + 50 * values_NCHW / values_NCHW.std(axis=(2, 3), keepdims=True)
+    return values_NCHW.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def write_run(folder: Path, iterations: int, audit_every: int, members: int) -> None:
@@ -105,11 +105,11 @@ def audit_record(iteration: int, members: int, rng: np.random.Generator) -> Any:
 
 def opening(report: Path) -> tuple[float, float]:
     """The seconds until a new browser shows the report, and the processors' seconds in its processes until then."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
         raise SystemExit("no chromium in PATH; install one (apt-get install chromium)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
+        browser = playwright.chromium.launch(executable_path=chromium)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         start, start_of_processors = time.perf_counter(), processor_seconds()
         page.goto(report.as_uri(), wait_until="load", timeout=300_000)

@@ -186,10 +186,10 @@ def main() -> None:
         for seed in options.seeds:
             results.append(cell(data, reward, count, flip, seed))
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-            found = {"command": COMMAND, "results": results}
+            content = {"command": COMMAND, "results": results}
             if options.json:
-                write_text(Path(options.json), json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found) if options.json == "" else table(results))
+                write_text(Path(options.json), json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content) if options.json == "" else table(results))
 
 
 if __name__ == "__main__":

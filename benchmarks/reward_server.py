@@ -83,7 +83,7 @@ class Client(threading.Thread):
         super().__init__()
         self._number, self._pictures, self._size = number, pictures, size
         self._reward = RemoteReward.make(RewardTerm(NAME, url=url))
-        self.found: list[Counter[str]] = [Counter() for _ in range(pictures)]
+        self.verdicts: list[Counter[str]] = [Counter() for _ in range(pictures)]
         self.answered = 0
 
     def run(self) -> None:
@@ -96,7 +96,7 @@ class Client(threading.Thread):
             scores = self._reward.score(drawn_NHWC, prompts)
             for i, score in enumerate(scores):
                 verdict = "missing" if score.value is None else "right" if score.value == own[i] else "wrong"
-                self.found[rows[i]][verdict] += 1
+                self.verdicts[rows[i]][verdict] += 1
             self.answered += len(scores)
         self._reward.close()
 
@@ -122,8 +122,8 @@ def measure(pictures: int, clients: int, size: int, kills: int) -> dict[str, obj
         thread.join()
     seconds = time.perf_counter() - start
     server.stop()
-    found = [counts for thread in threads for counts in thread.found]
-    total = sum(found, Counter[str]())
+    verdicts = [counts for thread in threads for counts in thread.verdicts]
+    total = sum(verdicts, Counter[str]())
     return {
         "pictures": pictures,
         "clients": clients,
@@ -131,8 +131,8 @@ def measure(pictures: int, clients: int, size: int, kills: int) -> dict[str, obj
         "right": total["right"],
         "wrong": total["wrong"],
         "missing": total["missing"],
-        "never_answered": sum(not counts for counts in found),
-        "answered_twice": sum(counts.total() > 1 for counts in found),
+        "never_answered": sum(not counts for counts in verdicts),
+        "answered_twice": sum(counts.total() > 1 for counts in verdicts),
         "pictures_a_second": round(pictures / seconds, 1),
         "server_MB_at_0_25_50_75_100_percent_of_its_lives": [[round(mb, 1) for mb in life] for life in server.lives],
     }

@@ -66,16 +66,16 @@ def sampler_of(objective: str, steps: int, group_size: int) -> Sampler:
 
 def pictures_of(sampler: Sampler, prompt: Prompt, slot: int, group_size: int, seed: int) -> np.ndarray:
     """The group's x0 previews after every step and its final pictures: uint8 (T + 1, G, H, W, 3)."""
-    condition, found = sampler.policy.encode([prompt]), []
+    condition, latents = sampler.policy.encode([prompt]), []
     denoiser = sampler.denoiser(condition)
 
     def watch(step: int, batch: Trajectories) -> Trajectories:
-        found.append(projected(denoiser, batch, step, 1, Meter()))
+        latents.append(projected(denoiser, batch, step, 1, Meter()))
         return batch
 
     batch = expand(sampler.policy, torch.tensor([slot]), group_size, sampler.sampling, NoiseKey(seed, 0))
-    found.append(denoise(denoiser, batch, NoiseKey(seed, 0), Meter(), watch).x_NCHW)
-    return np.stack([decoded(sampler.policy, x0, group_size).images_NHWC.numpy() for x0 in found])
+    latents.append(denoise(denoiser, batch, NoiseKey(seed, 0), Meter(), watch).x_NCHW)
+    return np.stack([decoded(sampler.policy, x0, group_size).images_NHWC.numpy() for x0 in latents])
 
 
 def held(chosen_by_G: np.ndarray, final_G: np.ndarray, keep: int) -> float:
@@ -107,43 +107,43 @@ def over_groups(by_group: list[list[float]]) -> list[float]:
     return means
 
 
-def measure(wanted: argparse.Namespace) -> dict[str, Any]:
-    rewards = {name: load_reward(RewardTerm(name)) for name in wanted.rewards}
-    found: dict[str, Any] = {}
-    for name, objective, steps in (("ode", "dgpo", wanted.ode_steps), ("sde", "grpo", wanted.sde_steps)):
-        sampler = sampler_of(objective, steps, wanted.group_size)
-        scores: dict[str, list[np.ndarray]] = {told: [] for told in rewards}
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    rewards = {name: load_reward(RewardTerm(name)) for name in arguments.rewards}
+    samplers: dict[str, Any] = {}
+    for name, objective, steps in (("ode", "dgpo", arguments.ode_steps), ("sde", "grpo", arguments.sde_steps)):
+        sampler = sampler_of(objective, steps, arguments.group_size)
+        scores: dict[str, list[np.ndarray]] = {reward_name: [] for reward_name in rewards}
         seconds = dict.fromkeys(rewards, 0.0)
-        for slot, prompt in enumerate(world.sample_prompts("train", wanted.prompts, wanted.seed)):
-            pictures_TGHWC = pictures_of(sampler, prompt, slot, wanted.group_size, wanted.seed)
-            for told, reward in rewards.items():
+        for slot, prompt in enumerate(world.sample_prompts("train", arguments.prompts, arguments.seed)):
+            pictures_TGHWC = pictures_of(sampler, prompt, slot, arguments.group_size, arguments.seed)
+            for reward_name, reward in rewards.items():
                 start = time.process_time()
-                scores[told].append(np.stack([values(reward, pictures, prompt) for pictures in pictures_TGHWC]))
-                seconds[told] += time.process_time() - start
-        pictures = wanted.prompts * wanted.group_size * (steps + 1)
-        found[name] = {
-            told: {**shape_of(groups), "ms_a_picture": 1000 * seconds[told] / pictures}
-            for told, groups in scores.items()
+                scores[reward_name].append(np.stack([values(reward, pictures, prompt) for pictures in pictures_TGHWC]))
+                seconds[reward_name] += time.process_time() - start
+        pictures = arguments.prompts * arguments.group_size * (steps + 1)
+        samplers[name] = {
+            reward_name: {**shape_of(groups), "ms_a_picture": 1000 * seconds[reward_name] / pictures}
+            for reward_name, groups in scores.items()
         }
         print(f"{name}: done", file=sys.stderr, flush=True)
-    return found
+    return samplers
 
 
 def values(reward: Reward, pictures_GHWC: np.ndarray, prompt: Prompt) -> np.ndarray:
     return np.array([score.number() for score in reward.score(pictures_GHWC, [prompt] * len(pictures_GHWC))])
 
 
-def table(found: dict[str, Any]) -> str:
+def table(samplers: dict[str, Any]) -> str:
     lines = []
-    for name, rewards in found.items():
+    for name, rewards in samplers.items():
         lines += [f"{name}: V by finals, then V (Spearman) by the preview after each step", ""]
         steps = len(next(iter(rewards.values()))["spearman"])
         heads = ["Reward", "mean", "std", "kept", "finals", *map(str, range(steps))]
         lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        for told, shape in rewards.items():
+        for reward_name, shape in rewards.items():
             for kept in KEPT:
                 pairs = zip(shape[f"V_{kept}_previews"], shape["spearman"], strict=True)
-                cells = [told, f"{shape['mean']:.2f}", f"{shape['std_within_groups']:.2f}", kept]
+                cells = [reward_name, f"{shape['mean']:.2f}", f"{shape['std_within_groups']:.2f}", kept]
                 cells += [f"{shape[f'V_{kept}_finals']:.2f}", *(f"{v:.2f} ({rho:.2f})" for v, rho in pairs)]
                 lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
@@ -159,15 +159,15 @@ def main() -> None:
     parser.add_argument("--sde-steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
-    wanted = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
-    found = measure(wanted)
-    options = {name: value for name, value in vars(wanted).items() if name != "json"}
-    told = json.dumps({**options, "torch": torch.__version__, "samplers": found}, indent=1) + "\n"
-    if wanted.json not in (None, "-"):
-        Path(wanted.json).write_text(told)
-    print(told if wanted.json == "-" else table(found))
+    samplers = measure(arguments)
+    options = {name: value for name, value in vars(arguments).items() if name != "json"}
+    content = json.dumps({**options, "torch": torch.__version__, "samplers": samplers}, indent=1) + "\n"
+    if arguments.json not in (None, "-"):
+        Path(arguments.json).write_text(content)
+    print(content if arguments.json == "-" else table(samplers))
 
 
 if __name__ == "__main__":

@@ -63,11 +63,11 @@ def drawn(count: int, size: int) -> tuple[list[Prompt], np.ndarray]:
     prompts, pictures = world.examples("test", count, seed=0)
     words = [WORDS[i % len(WORDS)] for i in range(count)]
     sources = [Image.fromarray(picture_HWC).resize((size, size)) for picture_HWC in pictures]
-    wanted = [
+    extended = [
         Prompt(f'{p.text} and "{word}"', {**p.columns, "image": source})
         for p, word, source in zip(prompts, words, sources, strict=True)
     ]
-    return wanted, np.stack([write(word, p, size) for word, p in zip(words, pictures, strict=True)])
+    return extended, np.stack([write(word, p, size) for word, p in zip(words, pictures, strict=True)])
 
 
 def write(word: str, picture_HWC: np.ndarray, size: int) -> np.ndarray:
@@ -119,8 +119,8 @@ def imagereward() -> Reward:
     words = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))}
     vision = BlipVisionModel(BlipVisionConfig(image_size=224, patch_size=16, **tower(1024, 24, 16)))
     text = BlipTextConfig(vocab_size=30524, encoder_hidden_size=1024, **tower(768, 12, 12))
-    told = BlipTextModel(text, add_pooling_layer=False)
-    return ImageReward(vision, told, head(768), blip_tokenizer(words), CLIPImageProcessorPil())
+    encoder = BlipTextModel(text, add_pooling_layer=False)
+    return ImageReward(vision, encoder, head(768), blip_tokenizer(words), CLIPImageProcessorPil())
 
 
 def dino_similarity() -> Reward:
@@ -162,13 +162,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--json", action="store_true")
-    wanted = parser.parse_args()
-    prompts, pictures = drawn(wanted.pictures, wanted.size)
+    options = parser.parse_args()
+    prompts, pictures = drawn(options.pictures, options.size)
     torch.set_num_threads(1)
-    rewards = {n: OF_THE_HUB[n]() if n in OF_THE_HUB else load_reward(RewardTerm(n)) for n in wanted.names}
-    found = {name: ms_a_picture(reward, prompts, pictures) for name, reward in rewards.items()}
-    lines = (f"{name:24s} {value:8.2f}" for name, value in found.items())
-    print(json.dumps({**vars(wanted), "ms_a_picture": found}, indent=1) if wanted.json else "\n".join(lines))
+    rewards = {n: OF_THE_HUB[n]() if n in OF_THE_HUB else load_reward(RewardTerm(n)) for n in options.names}
+    times = {name: ms_a_picture(reward, prompts, pictures) for name, reward in rewards.items()}
+    lines = (f"{name:24s} {value:8.2f}" for name, value in times.items())
+    print(json.dumps({**vars(options), "ms_a_picture": times}, indent=1) if options.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

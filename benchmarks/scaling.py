@@ -113,7 +113,14 @@ class Network:
 
 
 def seconds(
-    config: Config, processes: int, split: bool, units: Units, trained: int, latent: int, told: Messages, net: Network
+    config: Config,
+    processes: int,
+    split: bool,
+    units: Units,
+    trained: int,
+    latent: int,
+    messages: Messages,
+    net: Network,
 ) -> dict[str, float]:
     """The seconds of an iteration by part, on the process that has most to do."""
     plan, prompts, world = resolve_plan(config), config.prompts.per_iteration, processes
@@ -135,12 +142,13 @@ def seconds(
     update = updates * parts * units.train(-(-items // parts))
     moving = moved(config, plan, world, latent, net) if split and world > 1 else 0.0
     sums = 2 if config.optim.measures_noise_scale and prompts > 1 else 1  # of gradients: of each half of the prompts
-    collectives = updates * sums * net.sum(4 * trained, world) + told.sums * net.sum(8, world)
+    collectives = updates * sums * net.sum(4 * trained, world) + messages.sums * net.sum(8, world)
     rows = own(plan.finalists)
-    objects = net.gather(told.fixed + rows * told.per_row, world) + (told.gathers - 1) * net.gather(0, world)
-    unpickling = told.unpickling * world if world > 1 else 0.0
-    found = {"sample": sample, "pictures": pictures * units.picture, "update": update, "gradients": collectives}
-    return found | {"objects": objects + unpickling, "survivors that move": moving}
+    objects = net.gather(messages.fixed + rows * messages.per_row, world)
+    objects += (messages.gathers - 1) * net.gather(0, world)
+    unpickling = messages.unpickling * world if world > 1 else 0.0
+    by_part = {"sample": sample, "pictures": pictures * units.picture, "update": update, "gradients": collectives}
+    return by_part | {"objects": objects + unpickling, "survivors that move": moving}
 
 
 def called_evenly(rows: int, size: int, pair: int, call: Callable[[int], float]) -> float:
@@ -171,17 +179,17 @@ def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> 
 
 def on_paper(config: Config, gpu: str, share: float, least: float) -> tuple[Units, int, int]:
     """The units, trained parameters and numbers of a latent, from the model's own code."""
-    found, rate = sizes_for(config), GPUS[gpu].peak * 1e12 * share
+    model_sizes, rate = sizes_for(config), GPUS[gpu].peak * 1e12 * share
     plan = resolve_plan(config)
-    per_item = flops_by_stage(config, plan, found)["update"] / (
+    per_item = flops_by_stage(config, plan, model_sizes)["update"] / (
         config.prompts.per_iteration * plan.survivors * trained_items(config)
     )
     units = Units(
-        call=lambda rows: max(least, rows * found.call_flops / rate),
+        call=lambda rows: max(least, rows * model_sizes.call_flops / rate),
         train=lambda rows: max(3 * least, rows * per_item / rate),
-        picture=found.decode_flops / rate,
+        picture=model_sizes.decode_flops / rate,
     )
-    return units, found.trained, found.latent
+    return units, model_sizes.trained, model_sizes.latent
 
 
 def measured_here(config: Config) -> tuple[Units, int, int]:
@@ -202,14 +210,14 @@ def measured_here(config: Config) -> tuple[Units, int, int]:
 def by_rows(work: Callable[[int], object], most: int) -> Callable[[float], float]:
     """The seconds by rows."""
     sizes = sorted({*(2**i for i in range(most.bit_length())), most})
-    found = [timed(lambda size=size: work(size)) for size in sizes]  # type: ignore[misc]
+    times = [timed(lambda size=size: work(size)) for size in sizes]  # type: ignore[misc]
 
     def at(rows: float) -> float:
         i = min(max(bisect_left(sizes, rows), 1), len(sizes) - 1) if len(sizes) > 1 else 0
         if not i:
-            return found[0]
+            return times[0]
         low, high = sizes[i - 1], sizes[i]
-        return found[i - 1] + (found[i] - found[i - 1]) * (rows - low) / (high - low)
+        return times[i - 1] + (times[i] - times[i - 1]) * (rows - low) / (high - low)
 
     return at
 
@@ -240,63 +248,63 @@ def counted(config: Config, split: bool) -> Messages:
         audit=replace(config.audit, every=0),
         optim=replace(config.optim, microbatch=48),
     )
-    told: list[Counted] = []
+    counters: list[Counted] = []
     for prompts in (1, 2):
         ranks = Counted()
-        wanted = replace(small.prompts, source="shapes", per_iteration=prompts, split_groups=split)
-        its = replace(small, prompts=wanted)
-        order, reward = train_order(wanted, 0), load_mixture(its.reward.terms, its.reward.frames)
+        prompt_settings = replace(small.prompts, source="shapes", per_iteration=prompts, split_groups=split)
+        its = replace(small, prompts=prompt_settings)
+        order, reward = train_order(prompt_settings, 0), load_mixture(its.reward.terms, its.reward.frames)
         trainer = Trainer(its, policy_from(its.model, policy_context(its, ranks)), reward, order, ranks)
         trainer.step()
         ranks.sums, ranks.parcels = 0, []  # the first iteration has checks of its own
         trainer.step()
-        told.append(ranks)
-    one, two = (sum(map(len, ranks.parcels)) for ranks in told)
+        counters.append(ranks)
+    one, two = (sum(map(len, ranks.parcels)) for ranks in counters)
     rows = resolve_plan(small).finalists
     per_row = max(0, two - one) / rows
 
     def unpickle() -> None:
-        for parcel in told[0].parcels:
+        for parcel in counters[0].parcels:
             pickle.loads(parcel)
 
-    return Messages(told[0].sums, len(told[0].parcels), one - rows * per_row, per_row, timed(unpickle))
+    return Messages(counters[0].sums, len(counters[0].parcels), one - rows * per_row, per_row, timed(unpickle))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def table(config: Config, wanted: argparse.Namespace, processes: list[int]) -> dict[int, dict[str, Any]]:
-    if wanted.measure:
+def table(config: Config, options: argparse.Namespace, processes: list[int]) -> dict[int, dict[str, Any]]:
+    if options.measure:
         units, trained, latent = measured_here(config)
     else:
-        units, trained, latent = on_paper(config, wanted.gpu, wanted.share_of_peak, wanted.least_ms / 1000)
-    net = Network(wanted.per_node, wanted.inside_gbs, wanted.between_gbs, wanted.latency_us / 1e6)
+        units, trained, latent = on_paper(config, options.gpu, options.share_of_peak, options.least_ms / 1000)
+    net = Network(options.per_node, options.inside_gbs, options.between_gbs, options.latency_us / 1e6)
     may_split = config.objective.name == "grpo"
-    told = {split: counted(config, split) for split in ({False, may_split} if max(processes) > 1 else {False})}
-    found: dict[int, dict[str, Any]] = {}
+    messages = {split: counted(config, split) for split in ({False, may_split} if max(processes) > 1 else {False})}
+    results: dict[int, dict[str, Any]] = {}
     for world in processes:
         ways = {
-            split: seconds(config, world, split, units, trained, latent, told[split], net)
-            for split in told
+            split: seconds(config, world, split, units, trained, latent, messages[split], net)
+            for split in messages
             if split or world <= config.prompts.per_iteration
         }
         if not ways:
             break
         split = min(ways, key=lambda way: sum(ways[way].values()))
         parts, total = ways[split], sum(ways[split].values())
-        found[world] = {"seconds": total, "groups split": split, **parts}
-        found[world]["efficiency"] = found[processes[0]]["seconds"] * processes[0] / (total * world)
-    return found
+        results[world] = {"seconds": total, "groups split": split, **parts}
+        results[world]["efficiency"] = results[processes[0]]["seconds"] * processes[0] / (total * world)
+    return results
 
 
-def check(config: Config, wanted: argparse.Namespace) -> dict[str, float]:
+def check(config: Config, options: argparse.Namespace) -> dict[str, float]:
     """The iterations per second of two processes over those of one, each of one thread, beside the prediction."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    promised = table(config, wanted, [1, 2])
+    promised = table(config, options, [1, 2])
     rounds = []
     for _ in range(3):
-        one, two = (run(wanted.recipes[0], config, count) for count in (1, 2))
+        one, two = (run(options.recipes[0], config, count) for count in (1, 2))
         rounds.append(one / two)
     return {
         "promised": promised[1]["seconds"] / promised[2]["seconds"],
@@ -351,22 +359,22 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", action="store_true")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     quiet()
-    found: dict[str, dict[str, Any]] = {}
-    for recipe in wanted.recipes:
+    results: dict[str, dict[str, Any]] = {}
+    for recipe in options.recipes:
         config = resolve_dtype(load_recipe(recipe), Ranks())
-        if wanted.check:
-            found[recipe] = check(config, wanted)
+        if options.check:
+            results[recipe] = check(config, options)
             continue
-        for plan in wanted.plans:
+        for plan in options.plans:
             chosen = config if plan == "recipe" else replace(config, plan=PlanSettings(preset=plan))
-            found.setdefault(recipe, {})[plan] = table(chosen, wanted, wanted.processes)
-    if wanted.json:
-        print(json.dumps({**vars(wanted), "found": found}, indent=1))
+            results.setdefault(recipe, {})[plan] = table(chosen, options, options.processes)
+    if options.json:
+        print(json.dumps({**vars(options), "found": results}, indent=1))
         return
-    for recipe, result in found.items():
-        if wanted.check:
+    for recipe, result in results.items():
+        if options.check:
             print(
                 f"{recipe}: two processes {result['measured']:.2f} times as fast"
                 f" ({result['least']:.2f} to {result['most']:.2f}), promised {result['promised']:.2f}"

@@ -151,11 +151,11 @@ class Bench:
         return x, scored.rewards_NR[:, 0].numpy()
 
 
-def compared(found: list[tuple[Tensor, Any]], whole: list[tuple[Tensor, Any]]) -> dict[str, float]:
+def compared(groups: list[tuple[Tensor, Any]], whole: list[tuple[Tensor, Any]]) -> dict[str, float]:
     """The figures of a shortcut over groups."""
-    differences = np.array([own.mean() - other.mean() for (_, own), (_, other) in zip(found, whole, strict=True)])
+    differences = np.array([own.mean() - other.mean() for (_, own), (_, other) in zip(groups, whole, strict=True)])
     agreement, kept, off = [], [], []
-    for (x, own), (x_whole, other) in zip(found, whole, strict=True):
+    for (x, own), (x_whole, other) in zip(groups, whole, strict=True):
         off.append(((x - x_whole).norm() / x_whole.norm()).item())
         if other.std() > 0 and own.std() > 0:
             agreement.append(spearman(own, other))
@@ -186,9 +186,9 @@ def main() -> None:
         bench = Bench(name)
         bench.group(prompts[0], 0, 99)  # not counted
         bench.seconds = 0.0
-        found = [bench.group(p, slot, seed) for seed in options.seeds for slot, p in enumerate(prompts)]
-        whole, first = whole or found, first or bench.seconds
-        figures = compared(found, whole) | {"network_time": bench.seconds / first}
+        groups = [bench.group(p, slot, seed) for seed in options.seeds for slot, p in enumerate(prompts)]
+        whole, first = whole or groups, first or bench.seconds
+        figures = compared(groups, whole) | {"network_time": bench.seconds / first}
         results[name] = figures
         if not options.json:
             print(f"{name:28s}", "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)

@@ -74,16 +74,16 @@ def main() -> None:
     recipe = replace(recipe, model=replace(recipe.model, path=options.model), audit=replace(recipe.audit, every=0))
     config = resolve_dtype(recipe, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
-    found: dict[str, list[dict[str, Any]]] = {"measured": [], "measured beside others": [], "from the cache": []}
+    choosing: dict[str, list[dict[str, Any]]] = {"measured": [], "measured beside others": [], "from the cache": []}
     for _ in range(options.repeats):
-        for name in found:
+        for name in choosing:
             with tempfile.TemporaryDirectory() as cache, busy(options.busy if "beside" in name else 0):
                 os.environ["XDG_CACHE_HOME"] = cache
                 if "cache" in name:
                     choose(config, policy, ranks)
-                found[name].append(choose(config, policy, ranks))
+                choosing[name].append(choose(config, policy, ranks))
     choices: dict[str, Sizes] = {"72 72": (72, 72)}
-    choices |= {" ".join(map(str, c["sizes"])): tuple(c["sizes"]) for runs in found.values() for c in runs}
+    choices |= {" ".join(map(str, c["sizes"])): tuple(c["sizes"]) for runs in choosing.values() for c in runs}
     spent: dict[str, list[float]] = {name: [] for name in choices}
     for _ in range(3):
         for name, sizes in choices.items():
@@ -91,10 +91,12 @@ def main() -> None:
     seconds = {name: statistics.median(s) for name, s in spent.items()}
     if options.json:
         print(
-            json.dumps({**vars(options), "torch": torch.__version__, "choosing": found, "iteration": seconds}, indent=1)
+            json.dumps(
+                {**vars(options), "torch": torch.__version__, "choosing": choosing, "iteration": seconds}, indent=1
+            )
         )
         return
-    for name, runs in found.items():
+    for name, runs in choosing.items():
         for c in runs:
             label = " ".join(map(str, c["sizes"]))
             print(f"{name:23s} {c['seconds']:5.2f} s, {c['processors']:5.2f} s of processors: {label}")

@@ -53,7 +53,7 @@ PARTS = ("all", "above", "below")
 
 def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Tensor]]:
     """AdamW's uphill direction of each plan and part: the gradient over the root of its second moments."""
-    objective, found = (
+    objective, gradients = (
         bench.trainer.learner.objective,
         {name: {part: torch.zeros(()) for part in PARTS} for name in PLANS},
     )
@@ -64,12 +64,12 @@ def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Ten
             advantages_K = advantages_of(final_G[rows], objective.settings.adv_clip_max)
             for part, there_K in {"above": advantages_K > 0, "below": advantages_K < 0}.items():
                 if there_K.any():
-                    told = replace(whole.take(rows[there_K]), advantages_N=advantages_K[there_K].float())
-                    found[name][part] = found[name][part] + bench.gradient(told)
-    for parts in found.values():
+                    experience = replace(whole.take(rows[there_K]), advantages_N=advantages_K[there_K].float())
+                    gradients[name][part] = gradients[name][part] + bench.gradient(experience)
+    for parts in gradients.values():
         parts |= {"above": parts["above"] / bench.root, "below": parts["below"] / bench.root}
         parts["all"] = parts["above"] + parts["below"]
-    return found
+    return gradients
 
 
 def scores(trainer: Trainer, pictures: int) -> dict[str, float]:
@@ -77,45 +77,46 @@ def scores(trainer: Trainer, pictures: int) -> dict[str, float]:
     sampling = ode(trainer.policy, trainer.config.eval.num_inference_steps, 1.0, 64)
     sampler = Sampler(trainer.policy, trainer.reward, sampling)
     prompts = world.sample_prompts("validation", pictures, 0)
-    found = evaluate(sampler, prompts, 0, Ranks())
-    return {name: float(found.mean(name) or 0.0) for name in ("graded", "strict")}
+    evaluation = evaluate(sampler, prompts, 0, Ranks())
+    return {name: float(evaluation.mean(name) or 0.0) for name in ("graded", "strict")}
 
 
-def of_seed(config: Config, after: int, wanted: argparse.Namespace) -> dict[str, Any]:
+def of_seed(config: Config, after: int, options: argparse.Namespace) -> dict[str, Any]:
     trainer = trained(config, after, Ranks())
-    found, result = directions(Bench(trainer), wanted.prompts, config.seed), dict[str, Any]()
+    gradients, result = directions(Bench(trainer), options.prompts, config.seed), dict[str, Any]()
     parameters = list(trainer.policy.trainable.values())
     start = parameters_to_vector(parameters).detach().clone()
-    before, reference = scores(trainer, wanted.pictures), found["none"]["all"]
-    for name, parts in found.items():
+    before, reference = scores(trainer, options.pictures), gradients["none"]["all"]
+    for name, parts in gradients.items():
         for part, uphill in parts.items():
-            told = {
+            figures = {
                 "share": float(uphill.norm() / parts["all"].norm()),
                 "cosine": float(cosine_similarity(uphill, reference, dim=0)),
             }
-            for length in wanted.lengths:
+            for length in options.lengths:
                 vector_to_parameters(start - uphill * (length / uphill.square().mean().sqrt()), parameters)
-                told |= {f"{k} by {length:g}": v - before[k] for k, v in scores(trainer, wanted.pictures).items()}
+                figures |= {f"{k} by {length:g}": v - before[k] for k, v in scores(trainer, options.pictures).items()}
             vector_to_parameters(start, parameters)
-            result[f"{name}: {part}"] = told
-            print(f"seed {config.seed} after {after}, {name}: {part}: {told}", file=sys.stderr, flush=True)
+            result[f"{name}: {part}"] = figures
+            print(f"seed {config.seed} after {after}, {name}: {part}: {figures}", file=sys.stderr, flush=True)
     return result
 
 
-def measure(wanted: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of all seeds of each plan and part, by iterations."""
-    found = dict[str, Any]()
-    for after in wanted.after:
-        seeds = [of_seed(replace(load_recipe(wanted.recipe), seed=seed), after, wanted) for seed in wanted.seeds]
-        found[str(after)] = {
-            row: {figure: [of[row][figure] for of in seeds] for figure in told} for row, told in seeds[0].items()
+    results = dict[str, Any]()
+    for after in options.after:
+        seeds = [of_seed(replace(load_recipe(options.recipe), seed=seed), after, options) for seed in options.seeds]
+        results[str(after)] = {
+            row: {figure: [of[row][figure] for of in seeds] for figure in by_figure}
+            for row, by_figure in seeds[0].items()
         }
-    return found
+    return results
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     lines = []
-    for after, rows in found.items():
+    for after, rows in results.items():
         figures = list(next(iter(rows.values())))
         lines += [
             "",
@@ -125,7 +126,8 @@ def table(found: dict[str, Any]) -> str:
             "|---" * (len(figures) + 1) + "|",
         ]
         lines += [
-            f"| {row} | {' | '.join(f'{np.mean(told[f]):+.3f}' for f in figures)} |" for row, told in rows.items()
+            f"| {row} | {' | '.join(f'{np.mean(by_figure[f]):+.3f}' for f in figures)} |"
+            for row, by_figure in rows.items()
         ]
     return "\n".join(lines)
 
@@ -139,13 +141,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=float, nargs="+", default=[1e-4, 3e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     quiet()
-    found = measure(wanted)
-    told = json.dumps({**vars(wanted), "torch": torch.__version__, "found": found}, indent=1) + "\n"
-    if wanted.json not in (None, "-"):
-        Path(wanted.json).write_text(told)
-    print(told if wanted.json == "-" else table(found))
+    results = measure(options)
+    content = json.dumps({**vars(options), "torch": torch.__version__, "found": results}, indent=1) + "\n"
+    if options.json not in (None, "-"):
+        Path(options.json).write_text(content)
+    print(content if options.json == "-" else table(results))
 
 
 if __name__ == "__main__":

@@ -75,15 +75,15 @@ def measure(model: str, plan: str, delay: float, waves: Sequence[int], iteration
         for count, trainer in trainers.items():
             records[count].append(trainer.step().record)
     names = ("seconds", "time/sample", "time/preview", "time/reward", "time/update", "time/overlapped")
-    found = {
+    medians = {
         count: {name: statistics.median(r[name] for r in rows[1:]) for name in names} for count, rows in records.items()
     }
-    one = found[waves[0]]
+    one = medians[waves[0]]
     scoring = one["time/preview"] + one["time/reward"]
     bound = one["seconds"] - min(scoring, one["time/sample"])
     return {
         count: {**row, "gain": one["seconds"] / row["seconds"], "bound": one["seconds"] / bound}
-        for count, row in found.items()
+        for count, row in medians.items()
     }
 
 
@@ -95,19 +95,19 @@ def main() -> None:
     parser.add_argument("--waves", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     quiet()
-    found: dict[str, dict[float, Any]] = {}
-    for plan in wanted.plans:
-        for ms in wanted.delay_ms:
-            by_waves = measure(wanted.model, plan, ms / 1000, wanted.waves, wanted.iterations)
-            found.setdefault(plan, {})[ms] = by_waves
-            if not wanted.json:
-                told = "  ".join(f"{n}: {r['seconds']:.2f} s ({r['gain']:.2f})" for n, r in by_waves.items())
-                most = by_waves[wanted.waves[0]]["bound"]
-                print(f"{plan:9s} {ms:3g} ms a picture, waves {told}; at most {most:.2f}", flush=True)
-    if wanted.json:
-        print(json.dumps({**vars(wanted), "found": found}, indent=1))
+    results: dict[str, dict[float, Any]] = {}
+    for plan in options.plans:
+        for ms in options.delay_ms:
+            by_waves = measure(options.model, plan, ms / 1000, options.waves, options.iterations)
+            results.setdefault(plan, {})[ms] = by_waves
+            if not options.json:
+                by_count = "  ".join(f"{n}: {r['seconds']:.2f} s ({r['gain']:.2f})" for n, r in by_waves.items())
+                most = by_waves[options.waves[0]]["bound"]
+                print(f"{plan:9s} {ms:3g} ms a picture, waves {by_count}; at most {most:.2f}", flush=True)
+    if options.json:
+        print(json.dumps({**vars(options), "found": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,13 @@ def test_the_recipe_trains_by_what_is_read(tmp_path: Path) -> None:
     assert (config["prompts"]["source"], config["eval"]["prompts"]) == ("words", "words")
 
 
+def test_the_model_alone_is_measured_on_words_by_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rapidocr")
+    assert main(["eval", "words-flow", "--pictures", "3", "--num-inference-steps", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures["strict_by_kind"]) == {"2 letters", "3 letters", "4 letters"}
+
+
 def test_the_suite_tells_words_apart_by_their_letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rapidocr")
     size = ["--limit", "3", "--per-prompt", "2", "--num-inference-steps", "2", "--split", "validation"]
@@ -56,6 +63,7 @@ def test_without_rapidocr_the_way_to_install_it_is_said(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rapidocr" else there(name))
     for command in (
         ["train", "words-flow", "--out", str(tmp_path / "run")],
+        ["eval", "words-flow"],
         ["eval", "words-flow", "--suite", "words", "--out", str(tmp_path / "out")],
         ["pretrain", "words-flow", "--out", str(tmp_path / "state")],
     ):

@@ -137,6 +137,13 @@ def qwen_vl(tokenizer: Any, layers: int = 1) -> Any:
     """A Qwen 2.5 VL, which reads pictures too."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+    marks = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in VISION.items()}
+    parts = _qwen_vl_parts(tokenizer, layers)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**parts, **marks))
+
+
+def _qwen_vl_parts(tokenizer: Any, layers: int, **more: Any) -> dict[str, dict[str, Any]]:
+    """The settings of a Qwen VL's decoder, with `more`, and of its vision tower."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -145,10 +152,10 @@ def qwen_vl(tokenizer: Any, layers: int = 1) -> Any:
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        **more,
     }
-    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
-    marks = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in VISION.items()}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **marks))
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
+    return {"text_config": text, "vision_config": vision}
 
 
 VISION = {
@@ -164,19 +171,8 @@ def qwen3_vl(tokenizer: Any, layers: int = 2) -> Any:
     """A Qwen 3 VL with its head."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.3,  # random, but not blind to the text
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    }
-    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=eyes))
+    parts = _qwen_vl_parts(tokenizer, layers, head_dim=8, initializer_range=0.3)  # random, but not blind to the text
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**parts))
 
 
 def qwen_vl_processor(tokenizer: Any) -> Any:

@@ -289,6 +289,7 @@ import json, os, sys
 import numpy as np
 from progrpo.rewards.base import Refusal
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 drawn, blob, link = sys.argv[1], sys.argv[2], sys.argv[3]
 pictures, prompts = np.load(drawn), [Prompt(t) for t in json.loads(sys.argv[4])]

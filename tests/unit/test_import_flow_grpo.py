@@ -185,9 +185,9 @@ def test_flux_has_its_own_adapter_and_guidance(tmp_path):
 
 
 def test_rewards_are_weighed_and_unknown_ones_are_the_users(tmp_path):
-    translation = task(tmp_path, 'config.reward_fn = {"pickscore": 0.5, "deqa": 2}', "config.use_lora = False")
-    assert translation.config.reward.terms == (RewardTerm("pickscore", 0.5), RewardTerm("my_rewards:deqa", 2.0))
-    assert statuses(translation)["reward_fn[deqa]"] == "no equal here"
+    translation = task(tmp_path, 'config.reward_fn = {"pickscore": 0.5, "qwenvl": 2}', "config.use_lora = False")
+    assert translation.config.reward.terms == (RewardTerm("pickscore", 0.5), RewardTerm("my_rewards:qwenvl", 2.0))
+    assert statuses(translation)["reward_fn[qwenvl]"] == "no equal here"
     assert translation.config.model.weights == "full" and "script.lora_rank" not in statuses(translation)
 
 

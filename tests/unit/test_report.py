@@ -217,15 +217,22 @@ def test_every_section_of_a_finished_run_is_there(run):
         assert words in page
     assert "<b>2</b> failed, then passed, <b>0</b> passed, then failed" in page
     assert "are missing" not in page and "Predicted and counted costs differ" not in page
+    assert "Fewer steps were trained than predicted" not in page
 
 
 def test_a_wrong_prediction_is_said(run):
     run.summary.write({"cost": {"predicted": {"nfe": 1}, "counted": {"nfe": 2}}})
     assert "Predicted and counted costs differ" in text(run)
+    assert "Fewer steps were trained than predicted" not in text(run)
+
+
+def test_steps_that_were_not_trained_are_explained(run):
     run.summary.write(
         {"cost": {"predicted": {"nfe": 1, "trained_steps": 9}, "counted": {"nfe": 1, "trained_steps": 6}}}
     )
-    assert "Predicted and counted costs differ" not in text(run)
+    page = text(run)
+    assert "Predicted and counted costs differ" not in page
+    assert "Fewer steps were trained than predicted: survivors without an advantage are left out" in page
 
 
 def test_a_reward_that_gives_no_verdicts_has_a_report(run):

@@ -47,13 +47,13 @@ class Eval(Command):
     """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
     """`shapes`, `words`, a prompt file or dataset:NAME, as --eval.prompts of `train`.
-    Without it: the run's own, `shapes` for a model.
+    Without it: the run's own, `words` for words-flow, `shapes` for another model.
     With --suite: a copy of its published prompts on this disk, a file or a folder."""
     column: str | None = None
     """The field of rows that holds the text. Without it: the run's own, `prompt` for a model."""
     reward: tuple[str, ...] = ()
-    """One reward or several, as `--reward.terms` of `train`. Without it: the run's own, `shapes` for a model, and
-    with --suite the suite's."""
+    """One reward or several, as `--reward.terms` of `train`.
+    Without it: the run's own, `ocr` for words-flow, `shapes` for another model, and with --suite the suite's."""
     split: Literal["test", "validation"] = "test"
     """The split of `shapes`, of `words` or of a dataset: tune on validation, state figures on test."""
     pictures: int | None = None

@@ -93,7 +93,9 @@ class ServeReward(Command):
     batch_size: int = 16
     """The number of pictures in one call, from any requests."""
     model: str = ""
-    """Another model than the reward's own: a hub id or a folder."""
+    """Another model than the reward's own: a hub id, a folder, or a file of weights."""
+    sha256: str = ""
+    """The SHA-256 of that file, for a reward whose weights you bring as a pickle."""
     max_pictures: int = 64
     """The most pictures of a request."""
     max_megabytes: int = 64
@@ -109,5 +111,12 @@ class ServeReward(Command):
             raise ValueError(f"serve-reward needs {lacking[0]}, which is not installed: pip install 'progrpo[server]'")
         from progrpo.rewards.server import Limits, serve
 
-        term = RewardTerm(self.name, model=self.model, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
+        term = RewardTerm(
+            self.name,
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            sha256=self.sha256,
+        )
         serve(term, self.host, self.port, Limits(self.max_pictures, self.max_megabytes))

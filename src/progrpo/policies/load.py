@@ -32,7 +32,8 @@ from progrpo.policies.single_file import check_single_file, load_single_file, ne
 from progrpo.registry import load_named
 from progrpo.zoo import WEIGHTS
 
-BUILT_IN = ("shapes-flow", "shapes-diffusion", "words-flow")
+BUILT_IN = {"shapes-flow": "shapes", "shapes-diffusion": "shapes", "words-flow": "words"}
+"""The built-in models, and the world that each was made for."""
 _BUILT_IN_TOKENS = 16  # which all of their texts fit into, and which they were made for
 FAMILIES: dict[str, str] = {
     "Flux2KleinPipeline": "progrpo.policies.flux2:Flux2Klein",

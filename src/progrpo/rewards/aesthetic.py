@@ -9,7 +9,8 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from progrpo.rewards.base import Score
 from progrpo.rewards.clip import VIT_L, batch_slices, build_head, preprocess
@@ -37,9 +38,9 @@ class Aesthetic(HubReward):
 
     def __init__(
         self,
-        model: CLIPVisionModelWithProjection,
+        model: PreTrainedModel,
         head: nn.Sequential,
-        image_processor: CLIPImageProcessorPil,
+        image_processor: BaseImageProcessor,
         batch_size: int = 16,
     ) -> None:
         """`head` computes in float32."""
@@ -64,7 +65,11 @@ class Aesthetic(HubReward):
 
     @torch.no_grad()
     def _ratings(self, pictures_BHWC: np.ndarray) -> Tensor:
-        pixels_BCHW = preprocess(pictures_BHWC, self._image_processor)
-        f_BD = self._model(pixels_BCHW.to(self._model.device)).image_embeds.float()
+        f_BD = self._features(preprocess(pictures_BHWC, self._image_processor)).float()
         ratings_B1: Tensor = self._head(f_BD / f_BD.norm(dim=-1, keepdim=True))
         return ratings_B1.squeeze(-1)
+
+    def _features(self, pixels_BCHW: Tensor) -> Tensor:
+        """The network's features (B, D) of preprocessed pictures."""
+        features_BD: Tensor = self._model(pixels_BCHW.to(self._model.device)).image_embeds
+        return features_BD

@@ -64,6 +64,8 @@ class Reward(ABC):
     """The columns that every prompt must have."""
     takes_model: bool = False
     """Whether a term may name another model than the reward's own."""
+    takes_sha256: bool = False
+    """Whether that model is a file whose SHA-256 a term may state."""
     version: str = ""
     """What tells its scores from those of other weights under the same name, as a digest; caches keep them apart."""
     parameters: int | None = None

@@ -96,10 +96,10 @@ def center_crop(picture_HWC: np.ndarray, side: int) -> np.ndarray:
 
 
 def build_head(state: Mapping[str, Tensor]) -> nn.Sequential:
-    """Build the linear layers `layers.0`, `layers.2`, ... in a row. In training there was dropout between them."""
+    """Build the linear layers `NAME.0`, `NAME.2`, ... in a row. In training there was dropout between them."""
     layers = {name.split(".")[1]: weight for name, weight in state.items() if name.endswith(".weight")}
     head = nn.Sequential(OrderedDict((i, nn.Linear(*layers[i].shape[::-1])) for i in sorted(layers, key=int)))
-    head.load_state_dict({name.removeprefix("layers."): weight for name, weight in state.items()})
+    head.load_state_dict({name.partition(".")[2]: weight for name, weight in state.items()})
     return head
 
 

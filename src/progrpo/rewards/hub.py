@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from progrpo.environment import on_the_way, on_the_way_to_the_hub
@@ -122,22 +123,57 @@ def sha256_at_hub(reward: str, repository: str, name: str, revision: str) -> str
         return str(get_hf_file_metadata(hf_hub_url(repository, name, revision=revision)).etag)
 
 
-def read_pickle(reward: str, path: Path, sha256: str) -> Any:
-    """Load a published pickle, as tensors alone. Refusal where the file has another checksum."""
+_ANEW = "delete it, and it is fetched anew"
+
+
+def read_pickle(reward: str, path: Path, sha256: str, remedy: str = _ANEW) -> Any:
+    """Load a published pickle, as tensors alone. Refusal, with a remedy, where the file has another checksum."""
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != sha256:
         raise Refusal(
-            f"reward {reward!r}: {path.resolve()} is damaged, its sha256 is {actual} and not {sha256};"
-            " delete it, and it is fetched anew"
+            f"reward {reward!r}: {path.resolve()} is damaged, its sha256 is {actual} and not {sha256}; {remedy}"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise several kinds
         raise Refusal(
-            f"reward {reward!r}: {path.resolve()} is damaged, or holds more than tensors; delete it, and it is fetched"
-            " anew"
+            f"reward {reward!r}: {path.resolve()} is damaged, or holds more than tensors; {remedy}"
         ) from error
+
+
+def own_weights(term: RewardTerm) -> dict[str, Tensor]:
+    """Read the file of weights that the user brings in `model`: safetensors, or a pickle of the stated SHA-256.
+
+    Refusal where it is neither, and where it holds anything but named tensors.
+    """
+    path = Path(term.model).expanduser()
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise damaged(term.name, f"weights of {path}", error) from error
+    state = read_pickle(term.name, path, term.sha256, "give the file that you mean, and its own checksum")
+    if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):
+        raise Refusal(f"reward {term.name!r}: {path} holds more than named tensors; give its weights alone")
+    return state
+
+
+def require_own_weights(term: RewardTerm, what: str) -> None:
+    """Refuse a term that does not name a file of weights, or that names a pickle without its checksum."""
+    path = Path(term.model).expanduser()
+    if not term.model:
+        raise Refusal(
+            f"reward {term.name!r} needs the file of {what} in `model`, which you bring yourself:"
+            " docs/rewards.md#weights-that-you-bring says where it is"
+        )
+    if not path.is_file():
+        raise Refusal(f"reward {term.name!r}: there is no file {path}; give the file of {what} in `model`")
+    if path.suffix != ".safetensors" and not term.sha256:
+        raise Refusal(
+            f"reward {term.name!r}: {path} may be a pickle, which is read only if its checksum is stated; give what"
+            " `sha256sum` prints as `sha256`, or convert the file to safetensors"
+        )
 
 
 _UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # for training alone: no score depends on them

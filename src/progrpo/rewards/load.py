@@ -38,7 +38,13 @@ def load_reward(term: RewardTerm) -> Reward:
 def _served(term: RewardTerm) -> Reward:
     from progrpo.rewards.remote import RemoteReward
 
-    own = {"model": term.model, "device": term.device, "dtype": term.dtype, "processes": term.processes}
+    own = {
+        "model": term.model,
+        "device": term.device,
+        "dtype": term.dtype,
+        "processes": term.processes,
+        "sha256": term.sha256,
+    }
     if given := [option for option, value in own.items() if value not in ("", "auto", 0)]:
         raise Refusal(
             f"reward {term.name!r}: its server scores, so {given[0]} would change nothing here; leave it out, and"
@@ -56,6 +62,8 @@ def _load_here(term: RewardTerm) -> Reward:
     if isinstance(value, type) and issubclass(value, Reward):
         if term.model and not value.takes_model:
             raise Refusal(f"reward {term.name!r} takes no other model; leave out model")
+        if term.sha256 and not value.takes_sha256:
+            raise Refusal(f"reward {term.name!r} takes no checksum; leave out sha256")
         return value.make(term) if term.name in REWARDS else made(partial(value.make, term), term.name)
     if not can_score(value):
         module, _, attribute = term.name.partition(":")

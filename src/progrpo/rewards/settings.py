@@ -9,7 +9,7 @@ from typing import Literal
 
 from progrpo.messages import quoted
 from progrpo.registry import one_of
-from progrpo.settings import DEVICE, FINITE, Rule, at_least, between, from_json, read_settings, setting
+from progrpo.settings import DEVICE, FINITE, Rule, at_least, between, from_json, matches, read_settings, setting
 
 _ONE_OR_MORE = at_least(1)
 
@@ -29,6 +29,8 @@ REWARDS = {
     "videoalign_motion": "progrpo.rewards.videoalign:VideoAlignMotion",
     "videoalign_text": "progrpo.rewards.videoalign:VideoAlignText",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
+    "aesthetic_v2_5": "progrpo.rewards.aesthetic_v2_5:AestheticV25",
+    "deqa": "progrpo.rewards.deqa:DeQA",
     "clip_similarity": "progrpo.rewards.clip_similarity:CLIPSimilarity",
     "dino_similarity": "progrpo.rewards.dino:DinoSimilarity",
     "lpips_similarity": "progrpo.rewards.lpips:LPIPSSimilarity",
@@ -100,6 +102,9 @@ class RewardTerm:
     from_python: bool = False
     """Whether the reward was given as an object in Python; `name` is then the object's name.
     `progrpo.train` writes this field."""
+    sha256: str = setting("", matches("([0-9a-f]{64})?", "64 digits of 0-9 and a-f, as sha256sum prints them"))
+    """The SHA-256 of the file in `model`, for a reward whose weights you bring (`aesthetic_v2_5`).
+    A pickle needs it; a safetensors file does not."""
 
     @property
     def network_batch_size(self) -> int:
@@ -157,9 +162,9 @@ class RewardSettings:
     For videos: videoalign, videoalign_visual, videoalign_motion, videoalign_text.
     Models behind a server: vlm, unifiedreward, unifiedreward2, rationalrewards, and soft_tifa, soft_tifa_am by the
     questions of GenEval 2.
-    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, ocr, ocr_line, geneval,
-    geneval_flow_grpo, jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model, reward_model_variance, votes
-    (docs/preferences.md), or your own `module:function`."""
+    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, aesthetic_v2_5, deqa, ocr,
+    ocr_line, geneval, geneval_flow_grpo, jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model,
+    reward_model_variance, votes (docs/preferences.md), or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
     """The number of frames of a video that a picture reward scores; the video's score is their mean.
     The frames are evenly spaced and include the first and the last. 1: the middle frame.

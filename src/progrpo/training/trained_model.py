@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from progrpo.config import Config, EvalSettings, ModelSettings
+from progrpo.config import Config, EvalSettings, ModelSettings, RewardSettings, RewardTerm
 from progrpo.messages import named
 from progrpo.policies.base import Policy, PolicyContext
+from progrpo.policies.load import BUILT_IN
 from progrpo.prompts.load import ignored_column_note
 from progrpo.recipes import load_recipe
 from progrpo.rollout.sampling import Sampling, ode
+from progrpo.suites.table import SUITES
 from progrpo.tracking.console import Console
 from progrpo.training.build import policy_from, saved_weights, was_trained
 from progrpo.training.distributed import Ranks
@@ -56,8 +58,19 @@ class ModelChoice:
 
     @property
     def config(self) -> Config:
-        """The configuration of the run that is meant, or the default one for a model."""
-        return self.run_config or Config(model=ModelSettings(path=self.target))
+        """The configuration of the run that is meant, or the default one for a model.
+
+        A built-in model is measured on its own world, by the reward of that world's suite.
+        """
+        run = self.run_config
+        if run is not None:
+            return run
+        model = ModelSettings(path=self.target)
+        if self.target not in BUILT_IN:
+            return Config(model=model)
+        suite = SUITES[BUILT_IN[self.target]]
+        reward = RewardSettings(tuple(map(RewardTerm, suite.rewards)))
+        return Config(model=model, reward=reward, eval=EvalSettings(prompts=suite.name))
 
     def load(self, ranks: Ranks, guide_away_from: str = "") -> Policy:
         """The policy, alike in all processes.

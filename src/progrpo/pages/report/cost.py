@@ -17,6 +17,10 @@ _LINES = {
     "audit": ("Audits", "beside the plan"),
 }
 _COLUMNS = {"nfe": "NFE", "decodes": "Decodes", "reward_calls": "Reward calls", "trained_steps": "Trained steps"}
+_UNTRAINED = (
+    "Fewer steps were trained than predicted: survivors without an advantage are left out, such as those of a group"
+    " with equal rewards."
+)
 _MOST_STEPS = 10_000  # the chart has a bar per step
 
 
@@ -73,10 +77,12 @@ def _uncounted(data: RunData) -> str:
 
 
 def _disagreement(cost: CostSummary) -> str:
-    """A note if sampling cost other than predicted. Trained steps may differ: some trajectories have no advantage."""
+    """A note if sampling cost other than predicted, and one that explains fewer trained steps than predicted."""
     predicted, counted = cost.get("predicted") or {}, cost.get("counted") or {}
-    sampled = _COLUMNS.keys() & predicted.keys() & counted.keys() - {"trained_steps"}
-    return note("Predicted and counted costs differ.") if any(predicted[k] != counted[k] for k in sampled) else ""
+    differing = {key for key in predicted.keys() & counted.keys() if predicted[key] != counted[key]} & _COLUMNS.keys()
+    differ = note("Predicted and counted costs differ.") if differing - {"trained_steps"} else ""
+    fewer = counted.get("trained_steps", 0) < predicted.get("trained_steps", 0)
+    return differ + (note(_UNTRAINED) if fewer else "")
 
 
 def _time(data: RunData) -> str:
