@@ -273,3 +273,42 @@ def test_the_lora_beside_an_old_policy_is_read(tmp_path):
     translation = imported(tmp_path, {**NFT, "backend.ema_lora_cfg": shadow})
     assert (translation.config.model.lora_rank, translation.config.model.lora_targets) == (8, ())
     assert statuses(translation)["backend.lora_cfg.rank"] == "not needed here"
+
+
+def test_what_a_file_leaves_out_of_a_run_has_their_default(tmp_path):
+    translation = imported(tmp_path, {"num_rollouts": ...})
+    config = translation.config
+    assert (config.iterations, config.eval.every, config.eval.num_inference_steps) == (100, 0, 10)
+    found = statuses(translation)
+    assert found["num_rollouts (its default)"] == found["eval_interval (its default)"] == "translated"
+    assert found["save_interval (its default)"] == "no equal here"
+
+
+def test_evaluations_may_have_other_steps_and_guidance(tmp_path):
+    own = {"eval_sampling": {"num_inference_steps": 28, "guidance_scale": 3.0}, "eval_interval": 20}
+    config = imported(tmp_path, {**own, "eval_num_prompts": 64, "eval_samples_per_prompt": 4, "eval_eta": 0.0}).config
+    assert (config.sampling.num_inference_steps, config.sampling.guidance_scale) == (10, 4.5)
+    assert (config.eval.num_inference_steps, config.eval.guidance_scale) == (28, 3.0)
+    assert (config.eval.every, config.eval.pictures) == (20, 64)
+
+
+@pytest.mark.parametrize(("package", "frames"), [("wan22", 1), ("sd3", None)])
+def test_a_video_of_one_frame_is_not_the_models_own_length(tmp_path, package, frames):
+    bundle = f"unirl.models.{package}.bundle.Bundle.from_config"
+    config = imported(tmp_path, {"bundle._target_": bundle, "sampling.num_frames": 1}).config
+    assert config.model.frames == frames
+
+
+def test_rewards_of_a_server_are_terms(tmp_path):
+    backend = {
+        "_target_": "unirl.reward.remote.RemoteRewardBackend",
+        "config": {
+            **{"base_url": "http://localhost:8080", "batch_size": 8, "aggregation_method": "weighted_sum"},
+            **{"required_rewards": ["hpsv2", "unified_reward", "odd"], "reward_weights": {"hpsv2": 0.2, "odd": 0.5}},
+        },
+    }
+    translation = imported(tmp_path, {"reward.backend": backend})
+    terms = (RewardTerm("hpsv2", 0.2), RewardTerm("unifiedreward"), RewardTerm("my_rewards:odd", 0.5))
+    assert translation.config.reward.terms == terms
+    assert statuses(translation)["reward.backend.config.required_rewards"] == "no equal here"
+    assert not [row.name for row in translation.rows if row.outcome.note == "not a setting that this import knows"]
