@@ -423,6 +423,13 @@ def test_a_model_that_a_reward_does_not_take_is_refused(name):
         load_reward(RewardTerm(name, model="somebody/other"))
 
 
+@pytest.mark.parametrize("option", ["model", "sha256"])
+def test_a_function_is_refused_with_what_it_does_not_take(option):
+    term = RewardTerm("operator:add", **{option: "0" * 64})
+    with pytest.raises(Refusal, match=f"^reward 'operator:add' takes no {option}, which only a progrpo"):
+        load_reward(term)
+
+
 # --- the built-in one -------------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,11 @@ def _load_here(term: RewardTerm) -> Reward:
     if not can_score(value):
         module, _, attribute = term.name.partition(":")
         raise Refusal(f"reward {quoted(term.name)}: {lacks(sys.modules[module], module, attribute)}")
+    if given := [option for option in ("model", "sha256") if getattr(term, option)]:
+        raise Refusal(
+            f"reward {quoted(term.name)} takes no {given[0]}, which only a progrpo.rewards.base.Reward does; leave it"
+            " out"
+        )
     if isinstance(value, type):
         value = made(value, term.name)
     return adapted(value, term.batch_size, term.timeout)
