@@ -99,6 +99,10 @@ UNET = to_dict(load_recipe("shapes-diffusion"))
 
 TRIALS: dict[str, Changes] = {
     "quickstart": to_dict(load_recipe("quickstart")),
+    "quickstart, one draw": changed(to_dict(load_recipe("quickstart")), {"objective": {"dgpo": {"draws": 1}}}),
+    "quickstart, half the weight for negatives": changed(
+        to_dict(load_recipe("quickstart")), {"objective": {"dgpo": {"negative_weight": 0.5}}}
+    ),
     "quickstart audited": QUICKSTART,
     # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
@@ -198,9 +202,9 @@ def run(config: Config, seconds: float, every: float, pictures: int, by: str = "
         done = spent if by == "seconds" else trainer.iteration
         if done >= due or over:
             with policy.weights(trainer.learner.evaluated_weights):
-                found = evaluate(sampler, prompts, config.eval.seed, ranks, measures)
-            figures = {name: found.mean(name) for name in ("strict", "graded", "judge", "diversity")}
-            figures |= found.held_out()
+                evaluation = evaluate(sampler, prompts, config.eval.seed, ranks, measures)
+            figures = {name: evaluation.mean(name) for name in ("strict", "graded", "judge", "diversity")}
+            figures |= evaluation.held_out()
             counted = trainer.totals.counted
             work = {"nfe": counted.nfe, "previews": counted.previews, "trained_steps": counted.trained_steps}
             at = {"seconds": round(spent, 1), "cpu_seconds": round(cpu, 1), "iterations": trainer.iteration}
@@ -257,32 +261,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("docs/results/search.json"))
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
-    wanted = parser.parse_args()
-    torch.set_num_threads(wanted.threads)
-    results = json.loads(wanted.out.read_text()) if wanted.out.exists() else []
-    if wanted.table:
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = json.loads(options.out.read_text()) if options.out.exists() else []
+    if options.table:
         print(table(results))
         return
-    for seed in wanted.seeds:
-        for name in wanted.trials:
+    for seed in options.seeds:
+        for name in options.trials:
             config = config_of(TRIALS[name], seed)
             key = {
                 "trial": name,
                 "changes": json.loads(json.dumps(TRIALS[name])),
                 "seed": seed,
                 "base": base_model(config),
-                "pictures": wanted.pictures,
-                "machine": f"{platform.machine()}, {wanted.threads} threads, torch {torch.__version__}",
+                "pictures": options.pictures,
+                "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}",
             }
             if any(key.items() <= r.items() for r in results):
                 continue
             print(f"{name}, seed {seed}", flush=True)
-            curve = run(config, wanted.seconds, wanted.every, wanted.pictures, wanted.by)
+            curve = run(config, options.seconds, options.every, options.pictures, options.by)
             # another search may have written meanwhile
-            results = json.loads(wanted.out.read_text()) if wanted.out.exists() else []
+            results = json.loads(options.out.read_text()) if options.out.exists() else []
             results.append({**key, "curve": curve})
-            wanted.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(wanted.out, json.dumps(results, indent=1) + "\n")
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(options.out, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
