@@ -50,8 +50,8 @@ lint: $(VENV)/.ready-dev ## style and types
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff would reformat files: run '$(BIN)/ruff format .'"; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 
-# not those that want another version of the code, another framework, or a GPU and the hub
-ELSEWHERE := benchmarks/same_runs.py benchmarks/frameworks% benchmarks/real.py
+# not those that want another version of the code, another framework, its files, or a GPU and the hub
+ELSEWHERE := benchmarks/same_runs.py benchmarks/frameworks% benchmarks/imports.py benchmarks/real.py
 BENCHMARKS := $(filter-out $(ELSEWHERE),$(wildcard benchmarks/*.py))
 bench: setup ## the figures of the notes
 	@set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done

@@ -295,7 +295,7 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
         before = after
         rows.append(row(record, units, flops))
     same = ("nfe", "decodes", "reward_calls")
-    predicted, counted = trainer.predicted(iterations + 1), trainer.totals.counted
+    predicted, counted = trainer.predicted() * (iterations + 1), trainer.totals.counted
     return {
         **{key: statistics.median(r[key] for r in rows) for key in rows[0]},
         "model by iteration": [round(r["model"], 3) for r in rows],

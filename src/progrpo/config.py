@@ -381,6 +381,18 @@ def trained_steps(config: Config, iteration: int) -> range:
     return range(steps.start, min(steps.stop, config.sampling.num_trainable_steps))
 
 
+def shared_calls(config: Config, iteration: int) -> int:
+    """The first network calls of an iteration that are made once for a group, whose members are equal at them.
+
+    With `sampling.same_latent` they are those up to the first step with noise. None are where a group's members may be
+    in several processes. The call at that step is not where its graph is kept, since graphs are freed row by row.
+    """
+    if not config.sampling.same_latent or config.prompts.split_groups or config.prompts.pairs:
+        return 0
+    first = stochastic_steps(config, iteration).start
+    return first if config.optim.reuse_rollout else first + 1
+
+
 def trained_items(config: Config) -> int:
     """The number of items that a trajectory is trained on in an iteration: transitions, or draws of a noise level."""
     return config.objective.loss.items_per_trajectory(len(trained_steps(config, 0)))

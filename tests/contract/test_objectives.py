@@ -247,7 +247,7 @@ def test_what_is_counted_is_predicted_and_what_the_network_did(build, redness, g
     for _ in range(3):
         record = trainer.step().record
         teaching += 2 - record["advantage/zero_variance_groups"]
-    counted, predicted = trainer.totals.counted, trainer.predicted(3)
+    counted, predicted = trainer.totals.counted, trainer.predicted() * 3
     assert 0 < teaching < 6
     upper = predicted.trained_steps * teaching // 6
     assert counted == replace(predicted, trained_steps=counted.trained_steps)
@@ -313,7 +313,7 @@ def test_a_resumed_window_lies_where_it_would_have(tiny_trainer, tiny_config, na
     config = tiny_config(objective=CONFIGS[name], sampling=sampling)
     trainer, fresh = tiny_trainer(config), tiny_trainer(config)
     assert_a_resumed_run_is_a_straight_one(trainer, fresh, stop=2)
-    counted, predicted = trainer.totals.counted, trainer.predicted(3)
+    counted, predicted = trainer.totals.counted, trainer.predicted() * 3
     if trains_chosen_alone(trainer):
         assert 0 < counted.trained_steps < predicted.trained_steps
         predicted = replace(predicted, trained_steps=counted.trained_steps)

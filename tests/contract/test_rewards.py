@@ -39,6 +39,7 @@ from progrpo.rewards.base import Reward, RewardWrapper, Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.clipscore import CLIPScore
+from progrpo.rewards.deqa import DeQA
 from progrpo.rewards.dino import Dino, DinoSimilarity
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalFlowGRPO
@@ -56,6 +57,7 @@ from progrpo.rewards.settings import ASK_A_MODEL, REWARDS, RewardTerm
 from progrpo.rewards.similarity import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
+from tests.support.mplug_owl2 import small_deqa
 from tests.support.qwen2vl import small_hpsv3, small_videoalign
 from tests.support.siglip import small_aesthetic_v2_5
 
@@ -216,6 +218,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
     "aesthetic_v2_5": small_aesthetic_v2_5,
+    "deqa": small_deqa,
     "hpsv3": lambda: with_tokenizer(small_hpsv3),
     "videoalign": lambda: Filmed(with_tokenizer(small_videoalign)),
     "reward_model": lambda: learned("reward_model"),
@@ -255,7 +258,7 @@ def test_one_score_a_picture_of_plain_types(reward):
 
 
 def test_order_is_kept_and_pictures_do_not_see_each_other(reward):
-    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity, HPSv3, Filmed
+    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity, DeQA, HPSv3, Filmed
     rounding = (
         1e-3 if isinstance(reward, LearnedReward) else 1e-5 if isinstance(reward, networks) else 0.0
     )  # a network's kernels differ by the size of their batch

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from progrpo.config import AuditSettings, PlanSettings, PromptSettings, SamplingSettings, from_dict
+from progrpo.config import (
+    AuditSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    SamplingSettings,
+    from_dict,
+    stochastic_steps,
+)
 from progrpo.rollout.plan import PRESETS, Plan
+from progrpo.training.summary import nfe_unpruned
 from progrpo.types import Cost
 
 STEPS = 4
@@ -44,7 +53,7 @@ def trainer(tiny_trainer, tiny_config, tiny_policy, tiny_sd3, request):
 def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     built = trainer(plan, guidance_scale)
     done = [built.step() for _ in range(2)]
-    assert built.totals.counted == built.totals.predicted == built.predicted(2)
+    assert built.totals.counted == built.totals.predicted == built.predicted() * 2
     per_call, group = (2 if guidance_scale > 1 else 1), built.plan.group_size
     previews = Cost(decodes=group * STEPS, reward_calls=group * STEPS, previews=group * STEPS)
     if built.plan == Plan(group):  # a group of the iteration is watched, and under `auto` one of each
@@ -55,6 +64,24 @@ def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     of_each = [d.record["audit/nfe"] for d in done if d.audit is not None]
     assert of_each == [audit.nfe for audit in audits] and done[1].audit is not None
     assert sum(d.record["rollout/nfe"] for d in done) == built.totals.counted.nfe
+
+
+@pytest.mark.parametrize("reuse_rollout", [False, True])
+def test_calls_that_equal_members_share_are_counted_once(tiny_trainer, tiny_config, reuse_rollout):
+    config = tiny_config(
+        plan=PlanSettings("custom", group_size=3),
+        sampling=SamplingSettings(
+            num_inference_steps=5, microbatch=8, same_latent=True, sde_window="random", sde_window_size=2
+        ),
+        optim=OptimSettings(reuse_rollout=reuse_rollout),
+    )
+    built = tiny_trainer(config)
+    nfe = [built.step().record["rollout/nfe"] for _ in range(4)]
+    starts = [stochastic_steps(config, iteration).start for iteration in range(4)]
+    assert len(set(starts)) > 1
+    assert nfe == [2 * (3 * 5 - 2 * (start + (not reuse_rollout))) for start in starts]
+    assert built.totals.counted == built.totals.predicted
+    assert nfe_unpruned(built) == 2 * 3 * 5
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,56 @@ def test_older_files_have_the_same_meaning(tmp_path):
     assert import_flow_factory(str(file)).config == imported(tmp_path).config
 
 
+@pytest.mark.parametrize(
+    ("section", "kind", "count", "pool"),
+    [
+        ("train", "sde_type", "num_noise_steps", "noise_steps"),
+        ("train", "dynamics_type", "num_train_steps", "train_steps"),
+        ("scheduler", "dynamics_type", "num_train_steps", "train_steps"),
+    ],
+)
+def test_noise_of_older_files_has_the_same_meaning(tmp_path, section, kind, count, pool):
+    old = deepcopy(SETTINGS)
+    noise = {kind: "CPS", "noise_level": 0.8, count: 3, pool: [0, 1, 2, 3, 4]}
+    old["scheduler"] = {"seed": 1}
+    old[section] |= noise
+    old["train"] |= {"save_freq": 30, "eval_args": old.pop("eval")}
+    del old["log"]
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(old))
+    translation = import_flow_factory(str(file))
+    assert translation.config == imported(tmp_path).config
+    assert not [row.name for row in translation.rows if row.outcome.note == "not a setting that this import knows"]
+
+
+def test_a_setting_by_its_older_and_its_newer_name_is_not_lost(tmp_path):
+    translation = imported(tmp_path, train__noise_level=0.3)
+    assert translation.config.sampling.noise_level == 0.8
+    assert statuses(translation)["train.noise_level"] == "no equal here"
+
+
+@pytest.mark.parametrize(("steps", "fate"), [(40, "not needed here"), (28, "no equal here")])
+def test_a_data_set_may_have_its_own_evaluation(tmp_path, steps, fate):
+    own = {"num_inference_steps": steps}
+    sets = [{"name": name, "dataset_dir": name, "train": {"weight": 1}, "eval": own} for name in ("a", "b")]
+    found = statuses(imported(tmp_path, data={"datasets": [*sets, {"name": "c", "dataset_dir": "c", "eval": {}}]}))
+    assert found["data.datasets[0].eval.num_inference_steps"] == fate
+    assert found["data.datasets[1].eval.num_inference_steps"] == "not needed here"
+    assert found["data.datasets[2].dataset_dir"] == "no equal here"
+
+
+def test_rewards_of_its_registry_are_ours(tmp_path):
+    rewards = [
+        {"reward_model": "HPSv2", "weight": 2.0, "hps_version": "v2.1"},
+        {"reward_model": "geneval2_soft_tifa", "aggregation": "gm", "data_path": "prompts"},
+    ]
+    translation = imported(tmp_path, rewards=rewards, eval_rewards=[])
+    assert translation.config.reward.terms == (RewardTerm("hpsv2", 2.0), RewardTerm("soft_tifa"))
+    found = statuses(translation)
+    assert (found["rewards[0].reward_model"], found["rewards[1].reward_model"]) == ("translated", "no equal here")
+    assert (found["rewards[0].hps_version"], found["rewards[1].aggregation"]) == ("not needed here",) * 2
+
+
 def test_a_home_that_nobody_has_is_a_folder_like_another(tmp_path):
     assert (
         imported(tmp_path, data={"dataset_dir": "~nobody-here/x"}).config.prompts.source == "~nobody-here/x/train.jsonl"

@@ -185,9 +185,9 @@ def test_flux_has_its_own_adapter_and_guidance(tmp_path):
 
 
 def test_rewards_are_weighed_and_unknown_ones_are_the_users(tmp_path):
-    translation = task(tmp_path, 'config.reward_fn = {"pickscore": 0.5, "deqa": 2}', "config.use_lora = False")
-    assert translation.config.reward.terms == (RewardTerm("pickscore", 0.5), RewardTerm("my_rewards:deqa", 2.0))
-    assert statuses(translation)["reward_fn[deqa]"] == "no equal here"
+    translation = task(tmp_path, 'config.reward_fn = {"pickscore": 0.5, "qwenvl": 2}', "config.use_lora = False")
+    assert translation.config.reward.terms == (RewardTerm("pickscore", 0.5), RewardTerm("my_rewards:qwenvl", 2.0))
+    assert statuses(translation)["reward_fn[qwenvl]"] == "no equal here"
     assert translation.config.model.weights == "full" and "script.lora_rank" not in statuses(translation)
 
 
@@ -333,6 +333,37 @@ def test_a_base_that_importlib_loads_is_read(tmp_path):
     loaded = 'spec = importlib.util.spec_from_file_location("base", os.path.join(os.path.dirname(__file__), "base.py"))'
     main = MAIN.replace(MAIN.splitlines()[2], f"{loaded}\nbase = importlib.util.module_from_spec(spec)")
     assert import_flow_grpo(f"{written(tmp_path, '', main=main)}:common").config.seed == 7
+
+
+def test_a_base_that_a_function_of_the_file_loads_is_read(tmp_path):
+    load = """
+import importlib.util, os
+
+def _load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+base = _load("base", path=os.path.join(os.path.dirname(__file__), "base.py"))
+"""
+    start = 'import imp, os\nbase = imp.load_source("base", os.path.join(os.path.dirname(__file__), "base.py"))\n'
+    assert start in MAIN
+    body = "def words():\n    config = common(16)\n    return config\n"
+    translation = import_flow_grpo(f"{written(tmp_path, body, main=MAIN.replace(start, load))}:words")
+    assert translation.config.seed == 7 and "could not be read" not in statuses(translation).values()
+    assert translation.config.prompts.per_iteration == 48  # of 16 GPUs, by the function's argument
+
+
+def test_an_argument_that_a_function_does_not_take_is_not_followed(tmp_path):
+    for call in ("common(1, 2, 3)", "common(gpus=1)", "common(**{})"):
+        with pytest.raises(ValueError, match="does not return settings"):
+            import_flow_grpo(f"{written(tmp_path, f'def words():{chr(10)}    return {call}{chr(10)}')}:words")
+
+
+def test_an_algorithm_is_refused_before_its_other_settings(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.algorithm 'sft' has no equal here"):
+        task(tmp_path, "config.train.gradient_accumulation_steps = 0", "config.train.algorithm = 'sft'")
 
 
 def test_a_file_elsewhere_is_not_loaded(tmp_path):

@@ -471,7 +471,7 @@ def test_what_differs_in_flow_grpos_dpo_is_listed(tmp_path):
         ("jpeg_compressibility", "jpeg_compressibility", 1 / 500, "translated"),
         ("clipscore", "clipscore", 4 / 3, "no equal here"),
         ("video_ocr", "my_rewards:video_ocr", 1.0, "no equal here"),
-        ("deqa", "my_rewards:deqa", 1.0, "no equal here"),
+        ("deqa", "deqa", 1 / 5, "no equal here"),
         ("qwenvl", "my_rewards:qwenvl", 1.0, "no equal here"),
         ("unifiedreward", "unifiedreward", 1.0, "no equal here"),
         ("image_similarity", "clip_similarity", 1.0, "no equal here"),

@@ -194,6 +194,7 @@ def test_settings_mean_the_same_here(tmp_path, changes, expected):
     ("changes", "names"),
     [
         ({"sampling.scheduler.timestep_fraction": [0.2, 0.5]}, ["sampling.scheduler.timestep_fraction"]),
+        ({"sampling.post_window_ode.compress_ratio": 0.4}, ["sampling.post_window_ode.compress_ratio"]),
         ({"weight_sync_interval": 4}, ["weight_sync_interval"]),
         ({"backend.scheduler_cfg.type": "cosine"}, ["backend.scheduler_cfg.type"]),
         ({"data_source.args.algorithm.prompts_per_rollout": 7}, ["data_source.args.algorithm.prompts_per_rollout"]),
@@ -268,8 +269,56 @@ def test_pictures_of_edits_are_listed(tmp_path):
     assert statuses(translation)["load_dir"] == "not needed here"
 
 
+def test_a_model_that_edits_there_and_paints_here_is_listed(tmp_path):
+    backend = {"_target_": "unirl.reward.remote.RemoteRewardBackend", "config": {"required_rewards": ["editreward"]}}
+    klein = {"bundle._target_": "unirl.models.flux2_klein.bundle.Flux2KleinBundle.from_config"}
+    path = "data_source.args.run.data_path"
+    assert statuses(imported(tmp_path, klein))[path] == "translated"
+    assert statuses(imported(tmp_path, {**klein, "reward.backend": backend}))[path] == "no equal here"
+
+
 def test_the_lora_beside_an_old_policy_is_read(tmp_path):
     shadow = {"rank": 8, "alpha": 16, "ema_uprate": 1e-3, "ema_uphold": 0.5, "timing": "rollout_end"}
     translation = imported(tmp_path, {**NFT, "backend.ema_lora_cfg": shadow})
     assert (translation.config.model.lora_rank, translation.config.model.lora_targets) == (8, ())
     assert statuses(translation)["backend.lora_cfg.rank"] == "not needed here"
+
+
+def test_what_a_file_leaves_out_of_a_run_has_their_default(tmp_path):
+    translation = imported(tmp_path, {"num_rollouts": ...})
+    config = translation.config
+    assert (config.iterations, config.eval.every, config.eval.num_inference_steps) == (100, 0, 10)
+    found = statuses(translation)
+    assert found["num_rollouts (its default)"] == found["eval_interval (its default)"] == "translated"
+    assert found["save_interval (its default)"] == "no equal here"
+
+
+def test_evaluations_may_have_other_steps_and_guidance(tmp_path):
+    own = {"eval_sampling": {"num_inference_steps": 28, "guidance_scale": 3.0}, "eval_interval": 20}
+    config = imported(tmp_path, {**own, "eval_num_prompts": 64, "eval_samples_per_prompt": 4, "eval_eta": 0.0}).config
+    assert (config.sampling.num_inference_steps, config.sampling.guidance_scale) == (10, 4.5)
+    assert (config.eval.num_inference_steps, config.eval.guidance_scale) == (28, 3.0)
+    assert (config.eval.every, config.eval.pictures) == (20, 64)
+
+
+@pytest.mark.parametrize(("package", "frames"), [("wan22", 1), ("sd3", None)])
+def test_a_video_of_one_frame_is_not_the_models_own_length(tmp_path, package, frames):
+    bundle = f"unirl.models.{package}.bundle.Bundle.from_config"
+    config = imported(tmp_path, {"bundle._target_": bundle, "sampling.num_frames": 1}).config
+    assert config.model.frames == frames
+
+
+def test_rewards_of_a_server_are_terms(tmp_path):
+    backend = {
+        "_target_": "unirl.reward.remote.RemoteRewardBackend",
+        "config": {
+            **{"base_url": "http://localhost:8080", "batch_size": 8, "aggregation_method": "weighted_sum"},
+            **{"sub_metric_reduce": "first"},
+            **{"required_rewards": ["hpsv2", "unified_reward", "odd"], "reward_weights": {"hpsv2": 0.2, "odd": 0.5}},
+        },
+    }
+    translation = imported(tmp_path, {"reward.backend": backend})
+    terms = (RewardTerm("hpsv2", 0.2), RewardTerm("unifiedreward"), RewardTerm("my_rewards:odd", 0.5))
+    assert translation.config.reward.terms == terms
+    assert statuses(translation)["reward.backend.config.required_rewards"] == "no equal here"
+    assert not [row.name for row in translation.rows if row.outcome.note == "not a setting that this import knows"]

@@ -266,3 +266,48 @@ def test_each_rule_translates_nonsense_or_refuses_it_in_one_sentence(tmp_path):
                 assert rule(Setting(name, value, {**settings, name: value})).status in STATUSES
             except ValueError as refused:
                 assert "\n" not in str(refused) and len(str(refused)) < 600, name
+
+
+def test_pairs_without_a_place_are_learnt_from_a_file_to_write(tmp_path):
+    changes = {ALGORITHM: "dpo", "algorithm.sample_source": "offline", "data.train_files": "${missing}"}
+    translation = imported(tmp_path, changes)
+    assert (translation.config.prompts.pairs, translation.config.objective.name) == ("pairs.jsonl", "dpo")
+    assert statuses(translation)["algorithm.sample_source"] == "no equal here"
+
+
+def test_a_long_text_has_the_models_own_length(tmp_path):
+    translation = imported(tmp_path, {f"{PIPELINE}.max_sequence_length": 8192})
+    assert translation.config.model.max_sequence_length is None
+    assert statuses(translation)[f"{PIPELINE}.max_sequence_length"] == "no equal here"
+
+
+def test_guidance_of_a_model_that_could_not_be_read_is_listed(tmp_path):
+    changes = {f"{MODEL}.path": "${missing}", f"{PIPELINE}.guidance_scale": 3.5}
+    translation = imported(tmp_path, changes)
+    assert (translation.config.sampling.guidance_scale, translation.config.eval.guidance_scale) == (3.5, 3.5)
+    assert statuses(translation)[f"{PIPELINE}.guidance_scale"] == "no equal here"
+
+
+@pytest.mark.parametrize("path", ["models/MiniMax-H3/FL2VA", "Qwen/Qwen3-Omni-30B", "models/BAGEL/7B/"])
+def test_a_model_is_known_by_its_folder_too(tmp_path, path):
+    with pytest.raises(ValueError, match="cannot be trained here"):
+        imported(tmp_path, {f"{MODEL}.path": path})
+
+
+def test_a_folder_of_an_omni_package_is_no_model(tmp_path):
+    assert imported(tmp_path, {f"{MODEL}.path": "verl_omni/Qwen-Image"}).config.model.path == "verl_omni/Qwen-Image"
+
+
+def test_a_rewards_file_has_its_name_where_its_folder_could_not_be_read(tmp_path):
+    script = [
+        *("root=$(pwd)", "python3 -m verl_omni.trainer.main_diffusion", "    actor_rollout_ref.rollout.n=4"),
+        *('    "+reward.reward_functions.a.path=$root/scores/jpeg_compressibility.py"',),
+        *("    '+reward.reward_functions.a.name=compute_score'", "    '+reward.reward_functions.a.weight=0.5'"),
+        *('    "+reward.reward_functions.b.path=$root"', '    "trainer.default_local_dir=$root/x"'),
+    ]
+    file = tmp_path / "run.sh"
+    file.write_text(script[0] + "\n" + " \\\n".join(script[1:]) + "\n")
+    translation = import_verl_omni(str(file))
+    assert translation.config.reward.terms[0] == RewardTerm("jpeg_compressibility", 0.001)
+    unread = {row.name for row in translation.rows if row.outcome.status == "could not be read"}
+    assert unread == {"reward.reward_functions.b.path", "trainer.default_local_dir"}

@@ -215,7 +215,7 @@ def test_a_run_counts_its_rankings_and_audits_them(tiny_policy, tiny_trainer, ti
     check(config)
     trainer = tiny_trainer(config, policy)
     done = trainer.step()
-    assert trainer.totals.counted == trainer.totals.predicted == trainer.predicted(1)
+    assert trainer.totals.counted == trainer.totals.predicted == trainer.predicted()
     assert trainer.totals.counted.probed == 2 * 4 and trainer.totals.counted.previews == 0
     assert trainer.totals.audited == Cost(nfe=16, decodes=20, reward_calls=20, previews=16, probed=16)
     audit = done.audit

@@ -21,7 +21,7 @@ from progrpo.rollout.preview import score
 from progrpo.rollout.prune import survivors, to_groups
 from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
-from progrpo.rollout.sampling import Record, Sampling, ode
+from progrpo.rollout.sampling import Record, Sampling, ode, sampling_for
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Trajectories
 from tests.support.grids import SAMPLERS, SELECTORS
@@ -106,6 +106,28 @@ def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_conf
     path = denoise(Denoiser(policy, policy.encode(told("red cat", "blue dog")), sampling), batch, key, Meter()).path
     assert len(path[0].x_NCHW.flatten(1).unique(dim=0)) == 2
     assert len(path[0].x_next_NCHW.flatten(1).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_equal_members_share_the_calls_before_they_part(tiny_policy, tiny_config, told, first):
+    policy, key = tiny_policy(moved=0.1), NoiseKey(seed=5, iteration=2)
+    settings = SamplingSettings(num_inference_steps=5, same_latent=True, microbatch=1)
+    config = tiny_config(sampling=settings)
+    steps = range(first, 4)
+    sampling = sampling_for(policy, settings, steps, Record(frozenset(steps), latent_features=True))
+    shared = replace(sampling, shared_calls=first + 1)
+    assert sampling_from(config, policy, "transitions", 0).shared_calls == 1
+    condition, results = policy.encode(told("red cat", "blue dog")), []
+    for each in (sampling, shared):
+        meter = Meter()
+        batch = expand(policy, torch.tensor([4, 9]), 3, each, key)
+        results.append((denoise(Denoiser(policy, condition, each), batch, key, meter), meter.cost.nfe))
+    (own, nfe), (done, nfe_shared) = results
+    assert nfe == 2 * 3 * 5 and nfe_shared == nfe - 2 * 2 * (first + 1)
+    assert torch.equal(own.x_NCHW, done.x_NCHW) and len(done.x_NCHW.flatten(1).unique(dim=0)) == 6
+    for a, b in zip(own.path, done.path, strict=True):
+        assert torch.equal(a.x_NCHW, b.x_NCHW) and torch.equal(a.log_prob_N, b.log_prob_N)
+    assert all(map(torch.equal, own.latent_features, done.latent_features))
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])

@@ -259,7 +259,6 @@ def test_predictions_are_per_prompt(tiny_trainer, tiny_config):
     trainer = tiny_trainer(tiny_config(prompts=PromptSettings(per_iteration=3)))
     # 4 members for two steps and 3 for two, seen once by four and once by three, three trained on three steps
     assert trainer.predicted() == Cost(3 * 14, 3 * 7, 3 * 7, 3 * 9, previews=3 * 4)
-    assert trainer.predicted(5).nfe == 5 * 3 * 14
 
 
 def test_state_goes_through_storage(tiny_trainer, tiny_config, tmp_path):

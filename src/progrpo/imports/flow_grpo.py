@@ -55,6 +55,11 @@ REWARDS = {
         difference="there pictures are first resized to 512 by 512, and an answer without a score counts as 0; ours"
         " asks the server in OPENAI_BASE_URL, or in the term's url",
     ),
+    "deqa": NearestReward(
+        "deqa",
+        1 / 5,
+        "theirs asks a server, which sees JPEGs; ours sees the pictures, and needs 17 GB of memory itself",
+    ),
     "image_similarity": NearestReward(
         "clip_similarity", difference="ours first crops the source to the picture's shape, as FLUX.1 Kontext sees it"
     ),
@@ -69,7 +74,6 @@ REWARDS = {
 }
 _NOT_BUILT_IN = {
     "video_ocr": "the mean over every fourth frame that shows something of the text",
-    "deqa": "DeQA's quality of the picture, from a server",
     "qwenvl": "Qwen2.5-VL-7B's mark of 1 to 5 for aesthetics, over 5; the prompt is not read",
 }
 
@@ -136,6 +140,8 @@ def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "aut
         raise ValueError(
             f"{named(file)}: {_ALGORITHM} could not be read (line {unread[_ALGORITHM].line}); {_ONLY_THESE}"
         )
+    if _ALGORITHM in known:  # first, since the others may mean something else under an algorithm that is refused
+        known = {_ALGORITHM: known[_ALGORITHM], **known}
     known["gpu_number"] = gpus if gpus is not None else _num_gpus(reading, config)
     known["script"] = _script(file, function, reading) if script == "auto" else script
     known["script.model"] = _model_kind(known)

@@ -1,8 +1,8 @@
 """The settings that a Python file of ml_collections makes, read from its syntax tree. Nothing in it is imported or run.
 
 Followed are assignments of literals and of simple expressions of literals and other settings, `if`s that these decide,
-and calls of functions without arguments, in the file itself or in one beside it. Any other expression makes the setting
-that it would assign `Unread`, with its place; the setting does not keep the value that it had before.
+and calls of functions in the file itself or in one beside it. Any other expression makes the setting that it would
+assign `Unread`, with its place; the setting does not keep the value that it had before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from progrpo.imports.translation import Unread, read_bytes, walk
 from progrpo.messages import named, quoted
@@ -52,7 +53,7 @@ def read_settings(path: Path, function: str) -> Reading:
             function = file.entry_points[0]
         if function not in file.entry_points:
             raise ValueError(f"{named(path)} has no function {named(function)} without arguments; it has {_list(file)}")
-        settings = file.call(function)
+        settings = file.call(function, {})
     except RecursionError:
         raise ValueError(f"{named(path)}: expressions or calls in one another without end") from None
     except _UnreadableError:
@@ -108,13 +109,13 @@ class _File:
     def is_main(self) -> bool:
         return self.path == self.main
 
-    def call(self, name: str) -> object:
-        """The value that a function returns when it is called without arguments."""
+    def call(self, name: str, arguments: dict[int | str, object]) -> object:
+        """The value that a function returns for arguments, which have their place or their name as a key."""
         node = self.functions.get(name)
-        if node is None or _has_required_arguments(node) or self.budget.calls >= _MOST_CALLS:
+        if node is None or self.budget.calls >= _MOST_CALLS:
             raise _UnreadableError
         self.budget.calls += 1
-        frame = _Frame(self, _default_arguments(node, self))
+        frame = _Frame(self, _bound_arguments(node, self, arguments))
         value: object = None
         try:
             frame.run(node.body)
@@ -153,13 +154,22 @@ def _has_required_arguments(node: ast.FunctionDef) -> bool:
     return without_default > 0 or any(default is None for default in arguments.kw_defaults)
 
 
-def _default_arguments(node: ast.FunctionDef, file: _File) -> dict[str, object]:
+def _bound_arguments(node: ast.FunctionDef, file: _File, given: dict[int | str, object]) -> dict[str, object]:
+    """The values of a function's parameters. `_UnreadableError` where the arguments do not fit them."""
     frame = _Frame(file, {})
     positional = [*node.args.posonlyargs, *node.args.args]
     pairs = [*zip(reversed(positional), reversed(node.args.defaults), strict=False)]
     keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
     pairs += [(argument, default) for argument, default in keywords if default is not None]
-    return {argument.arg: frame.value_or_unread(default) for argument, default in pairs}
+    values = {argument.arg: frame.value_or_unread(default) for argument, default in pairs}
+    names = [argument.arg for argument in positional]
+    for key, value in given.items():
+        if isinstance(key, int) and key >= len(names):
+            raise _UnreadableError
+        values[names[key] if isinstance(key, int) else key] = value
+    if values.keys() != {*names, *(argument.arg for argument in node.args.kwonlyargs)}:
+        raise _UnreadableError
+    return values
 
 
 class _ReturnSignal(Exception):
@@ -198,6 +208,8 @@ class _Frame:
                         self.run(branch)
                 case ast.Expr(value=ast.Constant()) | ast.Assert() | ast.Pass() | ast.Import() | ast.ImportFrom():
                     pass  # none of these gives a setting its value
+                case ast.Expr(value=ast.Call(func=ast.Attribute(attr="exec_module"))):
+                    pass  # it runs a file that has been read in its place
                 case _:
                     self.skip(node)
 
@@ -341,19 +353,19 @@ class _Frame:
             return self.file.load_sibling(self.value(arguments[1]))
         if name == "importlib.util.module_from_spec" and len(arguments) == 1:
             return self.value(arguments[0])
-        if arguments or node.keywords:
-            raise _UnreadableError
+        given: dict[int | str, object] = {place: self.value(argument) for place, argument in enumerate(arguments)}
+        given |= {keyword.arg or _refuse(): self.value(keyword.value) for keyword in node.keywords}
         match node.func:
             case ast.Name(id=function):
-                return self.file.call(function)
+                return self.file.call(function, given)
             case ast.Attribute(value=owner, attr=function):
                 file = self.value(owner)
                 if isinstance(file, _File):
-                    return file.call(function)
+                    return file.call(function, given)
         raise _UnreadableError
 
 
-def _refuse() -> object:
+def _refuse() -> NoReturn:
     raise _UnreadableError
 
 

@@ -86,8 +86,10 @@ def _settings_of(path: Path, line: int, words: list[Word]) -> ScriptReading:
             reading.settings[override.group(1)] = override.group(2)
             reading.unread.pop(override.group(1), None)
         elif override or word.text.startswith(("--", "~")) or word.unread:
-            name = override.group(1) if override else word.text.partition("=")[0]
-            reading.unread[name] = Unread(path.name, line, word.text.partition("=")[2] or word.text)
+            text = word.text.strip("'\"")  # as it stands in the script
+            override = _OVERRIDE.fullmatch(text)
+            name = override.group(1) if override else text.partition("=")[0]
+            reading.unread[name] = Unread(path.name, line, text.partition("=")[2] or text)
             reading.settings.pop(name, None)
     return reading
 

@@ -190,7 +190,8 @@ def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
     timeout = None if term.url or reward.waits_for_people else term.timeout
     reward = RetryingReward(reward, 0 if reward.waits_for_people else term.retries, timeout)
     if term.cache:
-        reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model, reward.version))), Path(term.cache))
+        names = term.name, term.model, term.sha256, reward.version
+        reward = CachedReward(reward, " ".join(filter(None, names)), Path(term.cache))
     if not reward.video:
         reward = FrameAverageReward(reward, frames)
     return Component(term, reward)

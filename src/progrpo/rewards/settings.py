@@ -30,6 +30,7 @@ REWARDS = {
     "videoalign_text": "progrpo.rewards.videoalign:VideoAlignText",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
     "aesthetic_v2_5": "progrpo.rewards.aesthetic_v2_5:AestheticV25",
+    "deqa": "progrpo.rewards.deqa:DeQA",
     "clip_similarity": "progrpo.rewards.clip_similarity:CLIPSimilarity",
     "dino_similarity": "progrpo.rewards.dino:DinoSimilarity",
     "lpips_similarity": "progrpo.rewards.lpips:LPIPSSimilarity",
@@ -161,8 +162,8 @@ class RewardSettings:
     For videos: videoalign, videoalign_visual, videoalign_motion, videoalign_text.
     Models behind a server: vlm, unifiedreward, unifiedreward2, rationalrewards, and soft_tifa, soft_tifa_am by the
     questions of GenEval 2.
-    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, aesthetic_v2_5, ocr, ocr_line,
-    geneval, geneval_flow_grpo, jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model,
+    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, aesthetic_v2_5, deqa, ocr,
+    ocr_line, geneval, geneval_flow_grpo, jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model,
     reward_model_variance, votes (docs/preferences.md), or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
     """The number of frames of a video that a picture reward scores; the video's score is their mean.

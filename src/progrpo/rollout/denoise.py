@@ -66,8 +66,7 @@ def denoise(
     denoiser = replace(denoiser, sampling=sampling)
     for step in range(sampling.num_inference_steps):
         with meter.stage("sample"):
-            called = _call(denoiser, batch, step)
-            meter.count(nfe=len(called) * sampling.nfe_per_call)
+            called = _call(denoiser, batch, step, meter)
             noise = _noise(called, step, sampling, key)  # drawn on the CPU while a GPU is still at the call
         batch = on_step(step, called)
         with meter.stage("sample"):
@@ -84,20 +83,31 @@ def _noise(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) ->
     return key.draw(batch.slot_N, batch.member_N, step, batch.x_NCHW.shape[1:])
 
 
-def _call(denoiser: Denoiser, batch: Trajectories, step: int) -> Trajectories:
-    """The batch with the network's output at every row's x."""
+def _call(denoiser: Denoiser, batch: Trajectories, step: int, meter: Meter) -> Trajectories:
+    """The batch with the network's output at every row's x, which is computed once where a group's rows are equal."""
     if not len(batch):
         return replace(batch, output_NCHW=torch.empty_like(batch.x_NCHW))
     sampling = denoiser.sampling
-    timestep = sampling.process.timestep(step, batch.x_NCHW)
     attached = sampling.record.graphs and step in sampling.record.steps
+    called_M, place_N = _different_rows(batch, step < sampling.shared_calls)
+    x_MCHW = batch.x_NCHW[called_M]
+    timestep = sampling.process.timestep(step, x_MCHW)
     with torch.set_grad_enabled(attached):
-        output = denoiser.predict(batch.x_NCHW, timestep, batch.group_N, denoiser.call_size(len(batch)))
+        output = denoiser.predict(x_MCHW, timestep, batch.group_N[called_M], denoiser.call_size(len(x_MCHW)))[place_N]
+    meter.count(nfe=len(x_MCHW) * sampling.nfe_per_call)
     batch = replace(batch, output_NCHW=output.detach(), attached_NCHW=output if attached else None)
     if sampling.record.latent_features:
         features = latent_features(sampling.process.x0(step, batch.x_NCHW, output.detach()))
         batch = replace(batch, latent_features=(*batch.latent_features, features))
     return batch
+
+
+def _different_rows(batch: Trajectories, equal_in_group: bool) -> tuple[Tensor | slice, Tensor | slice]:
+    """The M rows whose x differ, the first of each group or all; and for each of N rows the place of its equal."""
+    if not equal_in_group:
+        return slice(None), slice(None)
+    _, place_N, sizes_M = batch.group_N.unique_consecutive(return_inverse=True, return_counts=True)
+    return sizes_M.cumsum(0) - sizes_M, place_N
 
 
 def _advance(batch: Trajectories, step: int, sampling: Sampling, noise_NCHW: Tensor | None) -> Trajectories:

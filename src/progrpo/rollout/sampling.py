@@ -35,12 +35,14 @@ class Sampling:
     """How to denoise: the process of T steps, the settings that it follows, and what is stored.
 
     Only stochastic steps have transitions. Latents are rounded to `latent_dtype` before their log-probs are computed,
-    and can therefore be stored in it.
+    and can therefore be stored in it. At the first `shared_calls` network calls the members of a group are equal, so
+    that one call is made for all.
     """
 
     process: Process
     settings: SamplingSettings = field(default_factory=SamplingSettings)
     record: Record = field(default_factory=Record)
+    shared_calls: int = 0
 
     def __post_init__(self) -> None:
         assert all(self.process.noise_levels[step] > 0 for step in self.record.steps), "an ODE step has no log-prob"

@@ -90,7 +90,8 @@ class SamplingSettings:
     """The time shift of a flow model's grid; empty: the model's own."""
     same_latent: bool = False
     """Start all members of a group from the same noise.
-    They then differ only by the noise that their steps add."""
+    They then differ only by the noise that their steps add.
+    The network calls up to the first step with noise are made once for a group."""
     latent_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype in which latents are stored for training.
     They are rounded before their log-probs are computed, so ratios stay exact."""

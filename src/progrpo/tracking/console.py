@@ -24,7 +24,7 @@ _PREVIEW = "preview/rank_correlation@"
 class Console:
     """A tracker that prints the progress of a run. Text that cannot be printed is dropped: the run folder has it.
 
-    `nfe_unpruned` is the NFE of an iteration in which no trajectory is pruned, for the share that pruning saves.
+    `nfe_unpruned` is the NFE of an iteration without pruning and shared calls, for the share that is saved.
     `history` has the records of a resumed run, oldest first. `enabled` is False in all processes but the main one.
     """
 

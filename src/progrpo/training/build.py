@@ -19,6 +19,7 @@ from progrpo.config import (
     PromptSettings,
     RewardSettings,
     RewardTerm,
+    shared_calls,
     stochastic_steps,
     trained_steps,
 )
@@ -117,7 +118,8 @@ def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int
         graphs=config.optim.reuse_rollout,
         latent_features=config.preview.probe,
     )
-    return sampling_for(policy, config.sampling, stochastic_steps(config, iteration), record)
+    sampling = sampling_for(policy, config.sampling, stochastic_steps(config, iteration), record)
+    return replace(sampling, shared_calls=shared_calls(config, iteration))
 
 
 def ranking_from(objective: ObjectiveSettings, reward: RewardSettings) -> Ranking | None:

@@ -73,7 +73,7 @@ class TrainingLoop:
         """The time at which the run would have begun, had all of its attempts followed on each other."""
         self._console = Console(
             self._config.iterations,
-            nfe_unpruned=summary.nfe_unpruned(run.trainer, 1),
+            nfe_unpruned=summary.nfe_unpruned(run.trainer),
             history=run.folder.metrics.read(),
             enabled=run.ranks.is_main,
         )

@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
-from progrpo.config import Config, trained_items
+from progrpo.config import Config, shared_calls, trained_items
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.prune import Selector
@@ -27,15 +27,19 @@ _LEAST_NOISE = 1e-6  # prompts: without any, no prompt would be worth its time
 _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
 
 
-def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), prompts: int = 1) -> Cost:
-    """The cost of a plan for one prompt of the run, or for the prompts of an iteration."""
+def prompt_cost(
+    config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), prompts: int = 1, iteration: int = 0
+) -> Cost:
+    """The cost of a plan for one prompt of the run, or for so many of a zero-based iteration."""
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
-    return plan.predict(steps, trained_items(config), pairs, config.preview.steps_to_picture, probed_steps, prompts)
+    cost = plan.predict(steps, trained_items(config), pairs, config.preview.steps_to_picture, probed_steps, prompts)
+    shared = shared_calls(config, iteration) * (plan.group_size - 1) * prompts
+    return replace(cost, nfe=cost.nfe - shared * (2 if config.sampling.in_pairs else 1))
 
 
-def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:
-    """The cost of a plan for an iteration of the run."""
-    return prompt_cost(config, plan, probed_steps, config.prompts.per_iteration)
+def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), iteration: int = 0) -> Cost:
+    """The cost of a plan for a zero-based iteration of the run."""
+    return prompt_cost(config, plan, probed_steps, config.prompts.per_iteration, iteration)
 
 
 class JudgeState(TypedDict):

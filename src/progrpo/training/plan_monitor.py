@@ -56,9 +56,9 @@ class PlanMonitor:
         """The steps at which the probe is trusted to rank."""
         return trusted_steps(self.probe, self._config.preview)
 
-    def predicted(self, iterations: int) -> Cost:
-        """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
-        return iteration_cost(self._config, self.plan, self.probed_steps) * iterations
+    def predicted(self, iteration: int) -> Cost:
+        """The cost that the plan in force predicts for a zero-based iteration, over all processes, without audits."""
+        return iteration_cost(self._config, self.plan, self.probed_steps, iteration)
 
     def is_audit_due(self, iteration: int) -> bool:
         """Whether this zero-based iteration has an audit: every n-th, and under `auto` each until the first verdict."""

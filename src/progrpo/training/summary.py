@@ -20,7 +20,6 @@ from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
 from progrpo.training import checkpoints
 from progrpo.training.evaluate import Evaluation
-from progrpo.training.plan_judge import prompt_cost
 from progrpo.training.trainer import Trainer
 
 
@@ -38,9 +37,9 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
     """The summary of a run up to now."""
     config, totals, iterations = trainer.config, trainer.totals, trainer.iteration
     plan = plan_figures(trainer)
-    unpruned = nfe_unpruned(trainer, iterations)
     none = preset("none", config.sampling.num_inference_steps)
-    plain = prompt_cost(config, none).nfe * config.prompts.per_iteration * iterations
+    unpruned = nfe_unpruned(trainer) * iterations
+    plain = nfe_of_full_groups(config, none.group_size) * iterations
     agreement: dict[int, float | None] = {}
     with suppress(ValueError, LookupError, TypeError):  # of an audit's file that somebody changed: the report says so
         agreement = preview_agreement(folder.read_audits())
@@ -139,13 +138,16 @@ def plan_figures(trainer: Trainer) -> PlanCosts:
     )
 
 
-def nfe_unpruned(trainer: Trainer, iterations: int) -> int:
-    """NFE of so many iterations if no trajectory of the expanded groups were pruned."""
-    if trainer.plan.recorded:
-        return 0
-    sampling = trainer.sampler.sampling
-    per_trajectory = sampling.nfe_per_call * sampling.num_inference_steps
-    return trainer.plan.group_size * per_trajectory * trainer.config.prompts.per_iteration * iterations
+def nfe_unpruned(trainer: Trainer) -> int:
+    """NFE of an iteration in which no trajectory is pruned and no network call is shared."""
+    return 0 if trainer.plan.recorded else nfe_of_full_groups(trainer.config, trainer.plan.group_size)
+
+
+def nfe_of_full_groups(config: Config, group_size: int) -> int:
+    """NFE of an iteration with groups of so many members, each of which makes every network call."""
+    sampling = config.sampling
+    per_member = sampling.num_inference_steps * (2 if sampling.in_pairs else 1)
+    return config.prompts.per_iteration * group_size * per_member
 
 
 def measured_means(folder: RunFolder) -> MeasuredSummary:

@@ -89,9 +89,9 @@ class Trainer:
         """The sampler of the next iteration."""
         return self.collector.sampler(self.iteration)
 
-    def predicted(self, iterations: int = 1) -> Cost:
-        """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
-        return self.plan_monitor.predicted(iterations)
+    def predicted(self) -> Cost:
+        """The cost that the plan in force predicts for the next iteration, over all processes, without audits."""
+        return self.plan_monitor.predicted(self.iteration)
 
     def step(self) -> Iteration:
         """Run the next iteration."""

@@ -1,4 +1,4 @@
-"""Flow-Factory's own values of settings that a file leaves out, and the places of settings in older files."""
+"""Flow-Factory's own values of settings that a file leaves out, and the names of settings in older files."""
 
 from __future__ import annotations
 
@@ -70,11 +70,29 @@ DEFAULTS_BY_TRAINER: dict[str, dict[str, object]] = {
     },
 }
 OPTIMIZER = {"learning_rate": 1e-5, "weight_decay": 1e-4, "betas": [0.9, 0.999], "max_grad_norm": 1.0}
-OLD_OPTIMIZER = {
-    "learning_rate": "learning_rate",
-    "adam_weight_decay": "weight_decay",
-    "adam_betas": "betas",
-    "adam_epsilon": "eps",
-    "max_grad_norm": "max_grad_norm",
+OLDER_NAMES = {
+    **{
+        f"train.{older}": f"optimizers[0].{today}"
+        for older, today in {
+            "learning_rate": "learning_rate",
+            "adam_weight_decay": "weight_decay",
+            "adam_betas": "betas",
+            "adam_epsilon": "eps",
+            "max_grad_norm": "max_grad_norm",
+        }.items()
+    },
+    **{
+        f"{section}.{older}": f"scheduler.{today}"
+        for section in ("train", "scheduler")
+        for older, today in {
+            "dynamics_type": "dynamics_type",
+            "sde_type": "dynamics_type",
+            "noise_level": "noise_level",
+            **dict.fromkeys(("num_train_steps", "num_noise_steps"), "num_sde_steps"),
+            **dict.fromkeys(("train_steps", "noise_steps"), "sde_steps"),
+        }.items()
+    },
+    **{f"train.{name}": f"log.{name}" for name in ("save_dir", "save_freq")},
+    "train.beta_dpo": "train.dpo_beta",
 }
-"""The optimizer's settings as older files have them under `train`, and their names today."""
+"""The names of settings in older files, and their names today. Those of `train.eval_args` are under `eval` today."""

@@ -149,9 +149,21 @@ def targets(setting: Setting) -> Outcome:
     return to_fields({"model.lora_targets": [setting.value]})
 
 
+def own_evaluation(setting: Setting) -> Outcome:
+    """The outcome of a setting of evaluations that a data set has for itself, and not those of `eval`."""
+    if not setting.name.startswith("data.datasets[0]."):
+        return not_needed("for a data set that is not read")
+    name = setting.name.rpartition(".")[2]
+    standard = {"split": "test", "max_dataset_size": None}.get(name, setting.all.get(f"eval.{name}"))
+    return not_needed("that of eval") if setting.value == standard else no_equal("evaluations have eval's own here")
+
+
 def dataset(setting: Setting) -> Outcome:
     if setting.name != "data.datasets[0].dataset_dir":
-        return no_equal("one data set is read here; join them in one file")
+        head = setting.name.removesuffix("dataset_dir")
+        is_trained = any(name.startswith(f"{head}train") for name in setting.all)
+        other = "join them in one file" if is_trained else "this one is for evaluations: see eval.prompts"
+        return no_equal(f"one data set is read here; {other}")
     folder = Path(os.path.expanduser(setting.text()))
     if setting.all["train.trainer_type"] == "offline-dpo":
         return no_equal(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from progrpo.imports.flow_factory.defaults import DEFAULTS, DEFAULTS_BY_TRAINER, OLD_OPTIMIZER, OPTIMIZER
+from progrpo.imports.flow_factory.defaults import DEFAULTS, DEFAULTS_BY_TRAINER, OLDER_NAMES, OPTIMIZER
 from progrpo.imports.flow_factory.rules import RULES
 from progrpo.imports.translation import Translation, flatten, translate
 from progrpo.imports.yaml_settings import read_yaml
@@ -45,37 +45,33 @@ def import_flow_factory(path: str) -> Translation:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """The settings of a file by their dotted names."""
+    """The settings of a file by their dotted names of today."""
     data = read_yaml(path)
     try:
-        settings = flatten(_in_new_form(data))
+        settings = flatten(_with_lists(data))
     except ValueError as error:
         raise ValueError(f"{named(path)} is no settings file: {error}") from None
-    return {re.sub(r"(rewards\[\d+\]\.weight)\.(.*)", r"\1[\2]", name): value for name, value in settings.items()}
+    today = {_today(name, settings): value for name, value in settings.items()}
+    return {re.sub(r"(rewards\[\d+\]\.weight)\.(.*)", r"\1[\2]", name): value for name, value in today.items()}
 
 
-def _in_new_form(original: Mapping[object, object]) -> dict[str, object]:
-    """The data of an older file in the form of newer ones.
-
-    Older files have one reward or data set without a list, and the optimizer's settings under `train`.
-    """
+def _with_lists(original: Mapping[object, object]) -> dict[str, object]:
+    """The data of a file with the lists of newer ones where older ones have one reward or data set."""
     data = {str(key): value for key, value in original.items()}
     for one, many in (("reward", "rewards"), ("rewards", "rewards"), ("eval_rewards", "eval_rewards")):
         if isinstance(data.get(one), dict):
             data[many] = [data.pop(one)]
-    train = data.get("train")
-    if isinstance(train, dict) and "optimizers" not in data:
-        old = {new: train[key] for key, new in OLD_OPTIMIZER.items() if key in train}
-        train = data["train"] = {key: value for key, value in train.items() if key not in OLD_OPTIMIZER}
-        if old:
-            data["optimizers"] = [old]
-    if isinstance(train, dict) and "beta_dpo" in train:
-        data["train"] = {"dpo_beta" if key == "beta_dpo" else key: value for key, value in train.items()}
     files = data.get("data")
     if isinstance(files, dict) and "dataset_dir" in files and "datasets" not in files:
         rest = {key: value for key, value in files.items() if key != "dataset_dir"}
         data["data"] = {"datasets": [{"dataset_dir": files["dataset_dir"]}], **rest}
     return data
+
+
+def _today(name: str, settings: Mapping[str, object]) -> str:
+    """The name that a setting of an older file has today; the same where the file also has the newer one."""
+    newer = OLDER_NAMES.get(name, name.replace("train.eval_args.", "eval."))
+    return name if newer in settings else newer
 
 
 def _as_number(value: object) -> object:

@@ -19,7 +19,7 @@ from progrpo.imports.translation import (
 )
 from progrpo.messages import named
 
-_ONLY_OURS = ("hpsv2", "imagereward", "aesthetic", "clipscore")
+_ONLY_OURS = ("imagereward", "aesthetic", "clipscore")
 _JUDGES = ("vllm_evaluate", "rational_rewards_t2i", "rational_rewards_edit")
 _MISSING_MARKS = (
     "there a mark that is missing is left out of the mean, here the score is missing; name its model if the server"
@@ -33,6 +33,12 @@ REWARDS = {
         1 / 2.5,
         "theirs is the cosine with the prompt, and of a video's first frame; ours is 2.5 times that, with"
         " 'A photo depicts ' before the prompt, and never below 0",
+    ),
+    "hpsv2": NearestReward("hpsv2"),
+    "geneval2_soft_tifa": NearestReward(
+        "soft_tifa",
+        difference="theirs asks Qwen3-VL-8B in the run's own process; ours asks the server in OPENAI_BASE_URL, or in"
+        " the term's url",
     ),
     "ocr": NearestReward(
         "ocr",
@@ -59,6 +65,7 @@ _NOT_BUILT_IN = {
     "clap": "of sound",
     "imagebind": "of sound",
     "consistent_editing": "a judge of edits",
+    "qwen_image_bench": "a judge's marks for the questions of a benchmark",
 }
 
 
@@ -67,6 +74,13 @@ def _nearest(setting: Setting) -> NearestReward | None:
     nearest = REWARDS.get(setting.text().lower())
     scaled = setting.all.get("train.advantage_aggregation") != "gdpo"
     return nearest if nearest is None or scaled else replace(nearest, factor=1.0)
+
+
+def soft_tifa_mean(setting: Setting) -> Outcome:
+    """The outcome of the mean that GenEval 2's reward takes over a prompt's questions."""
+    if setting.one_of({"gm": True, "am": False}):
+        return not_needed("the same here: a geometric mean")
+    return no_equal("name the reward soft_tifa_am for the arithmetic mean")
 
 
 def _reward_name(setting: Setting) -> str:

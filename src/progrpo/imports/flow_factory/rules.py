@@ -29,6 +29,11 @@ _ON_DEVICE = "these weights stay on the run's device"
 _PUBLISHED_JUDGE = "a judge is asked its published question, with the settings published with it"
 _ONE_DATA_SET = "one data set is read"
 
+_OF_EVALUATIONS = (
+    *("resolution", "height", "width", "num_frames", "per_device_batch_size", "seed", "guidance_scale"),
+    *("guidance_scale_2", "num_inference_steps", "condition_image_size", "max_dataset_size", "split"),
+)
+"""Settings of evaluations that a data set may have for itself."""
 _TRAINED_DTYPE = only_at("fp32", "float32", why="the same here", otherwise="trained weights are kept in float32")
 
 RULES: dict[str, Rule] = {
@@ -36,6 +41,7 @@ RULES: dict[str, Rule] = {
     "config_file": ignored(_LAUNCH),
     "num_processes": ignored(_LAUNCH),
     "main_process_port": ignored(_LAUNCH),
+    "num_machines": ignored(_LAUNCH),
     "mixed_precision": mixed_precision,
     "run_name": ignored(_RUN_FOLDER),
     "project": ignored(_RUN_FOLDER),
@@ -54,6 +60,9 @@ RULES: dict[str, Rule] = {
     ),
     "model.resume_path": model.resumed,
     "model.resume_type": model.resume_type,
+    "model.resume_training_state": only_at(
+        False, None, why="nothing to resume", otherwise="progrpo train --resume resumes its own runs only"
+    ),
     "log.run_name": ignored(_RUN_FOLDER),
     "log.project": ignored(_RUN_FOLDER),
     "log.logging_backend": ignored("metrics go to the run folder and its report"),
@@ -61,6 +70,7 @@ RULES: dict[str, Rule] = {
     "log.save_freq": lambda s: (
         no_equal("checkpoints cannot be turned off") if s.value == 0 else to_fields({"checkpoint.every": s.value})
     ),
+    "log.verbose": ignored("metrics go to the run folder and its report"),
     "log.save_model_only": ignored("a checkpoint is the whole state, so that runs can be resumed"),
     "data.datasets[].dataset_dir": model.dataset,
     "data.datasets[].name": ignored("a label"),
@@ -69,10 +79,12 @@ RULES: dict[str, Rule] = {
         None, why="the whole file", otherwise="the whole file is used; cut it"
     ),
     "data.datasets[].eval": ignored(_ONE_DATA_SET),
+    **{f"data.datasets[].eval.{name}": model.own_evaluation for name in _OF_EVALUATIONS},
     "data.max_dataset_size": only_at(None, why="the whole file", otherwise="the whole file is used; cut it"),
     "data.preprocessing_batch_size": ignored(_LOADING),
     "data.dataloader_num_workers": ignored(_LOADING),
     "data.enable_preprocess": ignored(_LOADING),
+    "data.preprocess_parallelism": ignored(_LOADING),
     "data.force_reprocess": ignored(_LOADING),
     "data.cache_dir": ignored(_LOADING),
     "data.sampler_type": ignored("any number of groups can be distributed over processes"),
@@ -195,6 +207,13 @@ RULES: dict[str, Rule] = {
     "rewards[].temperature": lambda s: no_equal(_PUBLISHED_JUDGE),
     "rewards[].max_tokens": lambda s: no_equal(_PUBLISHED_JUDGE),
     "rewards[].aspects": lambda s: no_equal(_PUBLISHED_JUDGE),
+    "rewards[].reward_model_kwargs": only_at(None, {}, why="none", otherwise="a setting of a reward that you write"),
+    "rewards[].hps_version": only_at("v2.1", why="the same here", otherwise="HPSv2.1 is asked here"),
+    "rewards[].aggregation": rewards.soft_tifa_mean,
+    **dict.fromkeys(
+        ("rewards[].data_path", "rewards[].benchmark_jsonl"),
+        lambda s: no_equal("a line of the prompts brings its own questions, in `vqa_list`"),
+    ),
     "rewards[].canonicalize": ignored("marks are read here, not probabilities"),
     "optimizers[].name": ignored("a label"),
     "optimizers[].learning_rate": _first_optimizer(to_field("optim.lr")),

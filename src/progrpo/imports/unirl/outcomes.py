@@ -6,14 +6,12 @@ import os
 import re
 
 from progrpo.imports.translation import (
-    NearestReward,
     Outcome,
     Rule,
     Setting,
     counted_in,
     no_equal,
     not_needed,
-    reward_outcome,
     to_fields,
 )
 from progrpo.messages import quoted
@@ -25,26 +23,17 @@ _MODELS = (
     *("hunyuan_video", "hunyuan_video10", "hunyuan_video15"),
 )
 """The models that have a policy here, by the name of their package."""
+_VIDEO = ("wan", "hunyuan_video")
+"""Models of videos, by the beginning of their name."""
 _OWN_SHIFT = ("qwen_image", "flux2_klein")
 """Models whose shift follows from the size, and for which the setting is not read, by the beginning of their name."""
 _KERNELS = {"FlowSDEStrategy": "flow_grpo", "DanceSDEStrategy": "dance", "CPSSDEStrategy": "cps_reduced"}
-_FIRST_FRAME = "there a video's first frame is scored, here every frame"
-_NOT_COMPARED = "its scale has not been compared with ours"
-REWARDS = {
-    "PickScoreRewardScorer": NearestReward("pickscore"),
-    "VideoPickScoreScorer": NearestReward("pickscore", difference=_FIRST_FRAME),
-    "HPSv2RewardScorer": NearestReward("hpsv2"),
-    "HPSv3RewardScorer": NearestReward("hpsv3", difference=_NOT_COMPARED),
-    "ImageRewardScorer": NearestReward("imagereward", difference=_NOT_COMPARED),
-    "AestheticRewardScorer": NearestReward("aesthetic", difference=_NOT_COMPARED),
-    "ClipRewardScorer": NearestReward("clipscore", difference=_NOT_COMPARED),
-    "OCRRewardScorer": NearestReward("ocr", difference=_NOT_COMPARED),
-}
 DTYPES = {
     **{"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"},
     **{"fp32": "float32", "float32": "float32"},
 }
 _STEPS = "sampling.num_inference_steps"
+_EVAL_STEPS, _EVAL_SCALE = (f"eval_sampling.{name}" for name in ("num_inference_steps", "guidance_scale"))
 
 
 def _class(setting: Setting) -> str:
@@ -165,15 +154,32 @@ def height(setting: Setting) -> Outcome:
 
 
 def frames(setting: Setting) -> Outcome:
-    if setting.count() == 1:
+    if setting.count() == 1 and not _model(setting).startswith(_VIDEO):
         return not_needed("a picture")
     return to_fields({"model.frames": setting.value, "reward.frames": setting.value}, "rewards score every frame")
 
 
+def steps(setting: Setting) -> Outcome:
+    fields = {"sampling.num_inference_steps": setting.value}
+    if _EVAL_STEPS not in setting.all:
+        fields["eval.num_inference_steps"] = setting.value
+    return to_fields(fields)
+
+
+def eval_scale(setting: Setting) -> Outcome:
+    return to_fields({"eval.guidance_scale": _scale(setting)})
+
+
+def _scale(setting: Setting) -> float:
+    """A guidance scale as ours, of which 1 is none; Z-Image counts from 0."""
+    return max(1.0, setting.number() + (_model(setting) == "z_image"))
+
+
 def guidance(setting: Setting) -> Outcome:
-    # Z-Image counts from 0 there
-    scale = max(1.0, setting.number() + (_model(setting) == "z_image"))
-    fields: dict[str, object] = {"sampling.guidance_scale": scale, "eval.guidance_scale": scale}
+    scale = _scale(setting)
+    fields: dict[str, object] = {"sampling.guidance_scale": scale}
+    if _EVAL_SCALE not in setting.all:
+        fields["eval.guidance_scale"] = scale
     if _model(setting) in ("hunyuan_video", "hunyuan_video10") and scale > 1:
         fields["sampling.embedded_guidance"] = True
     return to_fields(fields)
@@ -247,18 +253,7 @@ def overlap(setting: Setting) -> Outcome:
     return not_needed(why) if one_step else no_equal(why)
 
 
-# --- rewards and data -------------------------------------------------------------------------------------------------
-
-
-def reward(setting: Setting) -> Outcome:
-    name = _class(setting)
-    nearest = REWARDS.get(name)
-    own = nearest.name if nearest else f"my_rewards:{name if name.isidentifier() else 'reward'}"
-    return reward_outcome("reward.terms[0]", own, nearest, 1.0)
-
-
-def reward_batch(setting: Setting) -> Outcome:
-    return to_fields({"reward.terms[0].batch_size": setting.value})
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def file(field: str) -> Rule:
@@ -269,6 +264,10 @@ def file(field: str) -> Rule:
         path = str(setting.all.get("bundle.config.pretrained_model_ckpt_path")).lower()
         if _model(setting) == "qwen_image_edit_plus" or "i2v" in path:
             return no_equal("a line's picture is under `media` there, and a path in its `image` here", fields)
+        if _model(setting) == "flux2_klein" and "edit" in str(
+            setting.all.get("reward.backend.config.required_rewards")
+        ):
+            return no_equal("a line's picture is not used: this model paints from the prompt alone here", fields)
         return to_fields(fields)
 
     return rule

@@ -18,7 +18,10 @@ from progrpo.messages import named, quoted
 _ALGORITHM = "algorithm._target_"
 
 # UniRL's defaults that differ from ours, and what the absence of a block means.
-_DEFAULTS: dict[str, object] = {"adv_use_global_std": False, "stack.num_updates_per_batch": 1}
+_DEFAULTS: dict[str, object] = {
+    **{"adv_use_global_std": False, "stack.num_updates_per_batch": 1},
+    **{"num_rollouts": 100, "save_interval": 0, "eval_interval": 0},
+}
 _OF_FLOW_GRPO: dict[str, object] = {"algorithm.clip_range": 1e-4, "algorithm.beta": 0.0}
 _OF_A_POOL: dict[str, object] = {
     "sampling.scheduler.num_sde_steps": None,

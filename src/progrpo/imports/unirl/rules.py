@@ -13,7 +13,7 @@ from progrpo.imports.translation import (
     to_field,
     to_fields,
 )
-from progrpo.imports.unirl import outcomes
+from progrpo.imports.unirl import outcomes, rewards
 
 _LORA: dict[str, Rule] = {
     "rank": outcomes.rank,
@@ -44,6 +44,14 @@ RULES: dict[str, Rule] = {
     "adv_use_global_std": lambda s: to_fields({"objective.advantage": "batch" if s.value else "group"}),
     "save_interval": outcomes.save,
     "save_dir": ignored(_RUN_FOLDER),
+    "eval_interval": to_field("eval.every"),
+    "eval_num_prompts": to_field("eval.pictures", "a picture for each prompt here"),
+    "eval_samples_per_prompt": only_at(1, why="a picture for each prompt", otherwise="a picture for each prompt"),
+    "eval_chunk_prompts": ignored("evaluations use sampling.microbatch"),
+    "eval_eta": only_at(0, why="no noise", otherwise="evaluations add no noise"),
+    "eval_sampling.num_inference_steps": to_field("eval.num_inference_steps"),
+    "eval_sampling.guidance_scale": outcomes.eval_scale,
+    "accumulate_rollouts": only_at(1, why="the same here", otherwise="an iteration samples and trains once"),
     "load_dir": only_at(
         None, "", why="nothing to resume", otherwise="progrpo train --resume resumes its own runs only"
     ),
@@ -83,8 +91,13 @@ RULES: dict[str, Rule] = {
     **{f"backend.lora_cfg.{name}": outcomes.unless_shadow(rule) for name, rule in _LORA.items()},
     **{f"backend.ema_lora_cfg.{name}": rule for name, rule in _LORA.items()},
     "rollout.forward_batch_size": to_field("sampling.microbatch"),
-    "reward.backend._target_": outcomes.reward,
-    "reward.backend.config.batch_size": outcomes.reward_batch,
+    "reward.backend._target_": rewards.reward,
+    "reward.backend.config.batch_size": rewards.reward_batch,
+    "reward.backend.config.required_rewards": rewards.remote_rewards,
+    "reward.backend.config.sub_metric_reduce": ignored("a reward gives one score"),
+    "reward.backend.config.aggregation_method": only_at(
+        "weighted_sum", why="the same here", otherwise="rewards are summed here"
+    ),
     "algorithm._target_": outcomes.algorithm,
     "algorithm.clip_range": outcomes.of("grpo", "clip_range"),
     "algorithm.clip_schedule": only_at("constant", why="the same here", otherwise="the clip range is constant"),
@@ -111,7 +124,7 @@ RULES: dict[str, Rule] = {
         if s.value == s.all.get("batch_size")
         else no_equal("batch_size is used: prompts of an iteration")
     ),
-    "sampling.num_inference_steps": to_field("sampling.num_inference_steps"),
+    "sampling.num_inference_steps": outcomes.steps,
     "sampling.guidance_scale": outcomes.guidance,
     "sampling.height": outcomes.height,
     "sampling.width": lambda s: counted_in("model.resolution"),
@@ -128,6 +141,8 @@ RULES: dict[str, Rule] = {
         if outcomes.adds_no_noise(s)
         else to_fields({"sampling.same_latent": True})
     ),
+    "sampling.post_window_ode.order": lambda s: no_equal("steps after the window are of first order"),
+    "sampling.post_window_ode.compress_ratio": lambda s: no_equal("no step after the window is left out"),
     "sampling.scheduler.num_timesteps": ignored("the steps of sampling"),
     "sampling.scheduler.num_sde_steps": outcomes.noisy_steps,
     "sampling.scheduler.timestep_fraction": outcomes.fraction,
@@ -146,14 +161,19 @@ RULES: dict[str, Rule] = {
 PREFIXES: dict[str, Rule] = {
     **dict.fromkeys(("logging.", "hydra."), ignored("metrics go to the run folder and its report")),
     **dict.fromkeys(
-        ("transport_kind", "workers_per_device", "transfer_queue", "sync.", "num_nodes", "ray"), ignored(_LAUNCH)
+        (
+            *("transport_kind", "workers_per_device", "transfer_queue", "sync.", "num_nodes", "ray", "layout"),
+            *("train_fraction", "reward_fraction", "train_resident", "rollout_resident", "reward_resident"),
+            *("worker_max", "save_mode"),
+        ),
+        ignored(_LAUNCH),
     ),
     **dict.fromkeys(
         (
             f"bundle.config.{name}"
             for name in (
                 *("_target_", "load_", "boundary_ratio", "num_train_timesteps", "vae_use_tiling", "hidden_state"),
-                *("use_lora", "use_condition"),
+                *("use_lora", "lora_target_modules", "use_condition"),
             )
         ),
         ignored("read from the model itself"),
@@ -178,7 +198,7 @@ PREFIXES: dict[str, Rule] = {
                 "algorithm.params.",
             ),
             *("stack._target_", "data_source._target_", "sampling._target_", "sampling.scheduler.config._target_"),
-            "sampling.scheduler._target_",
+            *("sampling.scheduler._target_", "sampling.post_window_ode._target_"),
         ),
         ignored("the class that reads the settings beside it"),
     ),
@@ -190,6 +210,10 @@ PREFIXES: dict[str, Rule] = {
             for name in ("base_device", "config._target_", "config.device", "config.processor_id", "config.model_id")
         ),
         ignored("a reward's own settings say where it runs"),
+    ),
+    "reward.backend.config.reward_weights.": lambda s: counted_in("reward.terms"),
+    **dict.fromkeys(
+        ("reward.backend.config.base_url", "reward.backend.config.timeout"), ignored("a term's url and timeout")
     ),
     **dict.fromkeys(("sampling.autocast", "sampling.trajectory", "sampling.logprob"), ignored("as under `pipeline`")),
     **dict.fromkeys(

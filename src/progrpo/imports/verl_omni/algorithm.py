@@ -71,7 +71,13 @@ def sample_source(setting: Setting) -> Outcome:
     if setting.value == "online":
         return not_needed("the same here")
     if objective_of(setting) == "dpo" and setting.value == "offline":
-        return counted_in("prompts.pairs")
+        if "data.train_files" in setting.all:
+            return counted_in("prompts.pairs")
+        return no_equal(
+            "the place of its pairs could not be read; write them (docs/preferences.md), and name them by"
+            " --prompts.pairs",
+            {"prompts.pairs": "pairs.jsonl"},
+        )
     raise ValueError(f"algorithm.sample_source {setting.value!r} goes with the algorithm dpo alone here")
 
 

@@ -18,6 +18,7 @@ from progrpo.messages import named, quoted
 
 _ROOT = "actor_rollout_ref"
 _DIFFUSION = re.compile(r"(^|[./])main_(diffusion|flowgrpo|dpo)")
+_REWARD_FILE = re.compile(r"reward\.(custom_reward_function|reward_functions\.\w+)\.path")
 _SIZES = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
 _PARTS = ("rollout", "rollout.val_kwargs", "model")
 _OLDER = {f"{part}.{name}": f"{part}.pipeline.{name}" for part in _PARTS for name in _SIZES}
@@ -94,7 +95,14 @@ def _of_script(file: Path) -> HydraReading:
             " translated, such as verl_omni.trainer.main_diffusion"
         )
     unread = [Row(name, value.text, value.outcome) for name, value in script.unread.items()]
-    values: dict[str, object] = {name: override_value(text) for name, text in script.settings.items()}
+    # the folder of a reward's file says nothing, and its name may be the reward's
+    files = {
+        row.name: row.value.rpartition("/")[2]
+        for row in unread
+        if _REWARD_FILE.fullmatch(row.name) and isinstance(row.value, str) and "$" not in row.value.rpartition("/")[2]
+    }
+    unread = [row for row in unread if row.name not in files]
+    values: dict[str, object] = {name: override_value(text) for name, text in (script.settings | files).items()}
     return resolve(_flat(values), file.name, unread)
 
 

@@ -195,7 +195,7 @@ RULES: dict[str, Rule] = {
     f"{_PIPELINE}num_inference_steps": to_field("sampling.num_inference_steps"),
     f"{_PIPELINE}true_cfg_scale": sampling.guidance,
     f"{_PIPELINE}guidance_scale": sampling.guidance,
-    f"{_PIPELINE}max_sequence_length": to_field("model.max_sequence_length"),
+    f"{_PIPELINE}max_sequence_length": sampling.text_length,
     f"{_PIPELINE}num_frames": sampling.frames,
     f"{_ALGO}noise_level": sampling.noise_level,
     f"{_ALGO}sde_type": sampling.sampler,

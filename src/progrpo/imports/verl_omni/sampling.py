@@ -12,6 +12,7 @@ from progrpo.messages import quoted
 _MODEL = "actor_rollout_ref.model"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _STEPS = f"{_ROLLOUT}.pipeline.num_inference_steps"
+_LONGEST_TEXT = 512
 _NO_POLICY = {
     "bagel": "it is no pipeline of diffusers",
     "boogu": "it is no pipeline of diffusers",
@@ -19,9 +20,9 @@ _NO_POLICY = {
     "ltx-2": "it makes sound with the video, of which the policies know nothing",
     "minimax": "it makes sound with the video, of which the policies know nothing",
     "ti2v": "it has a timestep for each place, which no policy here can train",
-    "omni": "it is no diffusion model",
+    "omni[^/]*$": "it is no diffusion model",
 }
-"""Why a model has no policy here, by a part of its name."""
+"""Why a model has no policy here, by a pattern of its name and of the folder above it."""
 
 
 def _name(setting: Setting) -> str:
@@ -30,8 +31,9 @@ def _name(setting: Setting) -> str:
 
 
 def path(setting: Setting) -> Outcome:
-    for part, why in _NO_POLICY.items():
-        if part in _name(setting):
+    last_two = "/".join(setting.text().lower().rstrip("/").split("/")[-2:])
+    for pattern, why in _NO_POLICY.items():
+        if re.search(pattern, last_two):
             raise ValueError(f"{setting.name} {quoted(setting.value)} cannot be trained here: {why}")
     return to_fields({"model.path": os.path.expanduser(setting.text())})
 
@@ -69,6 +71,12 @@ def eval_size(setting: Setting) -> Outcome:
     return not_needed(why) if setting.value in (None, setting.all.get(name)) else no_equal(why)
 
 
+def text_length(setting: Setting) -> Outcome:
+    if setting.count() > _LONGEST_TEXT:
+        return no_equal(f"at most {_LONGEST_TEXT} tokens of text here, without those of pictures; the model's own are")
+    return to_fields({"model.max_sequence_length": setting.value})
+
+
 def frames(setting: Setting) -> Outcome:
     if setting.count() == 1:
         return not_needed("a picture")
@@ -96,6 +104,8 @@ def guidance(setting: Setting) -> Outcome:
     own = setting.name.replace(".pipeline.", ".val_kwargs.pipeline.")
     if setting.all.get(own) is None:
         fields["eval.guidance_scale"] = scale
+    if f"{_MODEL}.path" not in setting.all:
+        return no_equal("the model could not be read; for FLUX give --sampling.embedded-guidance too", fields)
     return to_fields(fields, "it counts from 0 there" if scale != setting.number() and setting.number() > 1 else "")
 
 
