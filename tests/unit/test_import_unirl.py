@@ -194,6 +194,7 @@ def test_settings_mean_the_same_here(tmp_path, changes, expected):
     ("changes", "names"),
     [
         ({"sampling.scheduler.timestep_fraction": [0.2, 0.5]}, ["sampling.scheduler.timestep_fraction"]),
+        ({"sampling.post_window_ode.compress_ratio": 0.4}, ["sampling.post_window_ode.compress_ratio"]),
         ({"weight_sync_interval": 4}, ["weight_sync_interval"]),
         ({"backend.scheduler_cfg.type": "cosine"}, ["backend.scheduler_cfg.type"]),
         ({"data_source.args.algorithm.prompts_per_rollout": 7}, ["data_source.args.algorithm.prompts_per_rollout"]),
@@ -268,6 +269,14 @@ def test_pictures_of_edits_are_listed(tmp_path):
     assert statuses(translation)["load_dir"] == "not needed here"
 
 
+def test_a_model_that_edits_there_and_paints_here_is_listed(tmp_path):
+    backend = {"_target_": "unirl.reward.remote.RemoteRewardBackend", "config": {"required_rewards": ["editreward"]}}
+    klein = {"bundle._target_": "unirl.models.flux2_klein.bundle.Flux2KleinBundle.from_config"}
+    path = "data_source.args.run.data_path"
+    assert statuses(imported(tmp_path, klein))[path] == "translated"
+    assert statuses(imported(tmp_path, {**klein, "reward.backend": backend}))[path] == "no equal here"
+
+
 def test_the_lora_beside_an_old_policy_is_read(tmp_path):
     shadow = {"rank": 8, "alpha": 16, "ema_uprate": 1e-3, "ema_uphold": 0.5, "timing": "rollout_end"}
     translation = imported(tmp_path, {**NFT, "backend.ema_lora_cfg": shadow})
@@ -304,6 +313,7 @@ def test_rewards_of_a_server_are_terms(tmp_path):
         "_target_": "unirl.reward.remote.RemoteRewardBackend",
         "config": {
             **{"base_url": "http://localhost:8080", "batch_size": 8, "aggregation_method": "weighted_sum"},
+            **{"sub_metric_reduce": "first"},
             **{"required_rewards": ["hpsv2", "unified_reward", "odd"], "reward_weights": {"hpsv2": 0.2, "odd": 0.5}},
         },
     }

@@ -264,6 +264,10 @@ def file(field: str) -> Rule:
         path = str(setting.all.get("bundle.config.pretrained_model_ckpt_path")).lower()
         if _model(setting) == "qwen_image_edit_plus" or "i2v" in path:
             return no_equal("a line's picture is under `media` there, and a path in its `image` here", fields)
+        if _model(setting) == "flux2_klein" and "edit" in str(
+            setting.all.get("reward.backend.config.required_rewards")
+        ):
+            return no_equal("a line's picture is not used: this model paints from the prompt alone here", fields)
         return to_fields(fields)
 
     return rule

@@ -94,6 +94,7 @@ RULES: dict[str, Rule] = {
     "reward.backend._target_": rewards.reward,
     "reward.backend.config.batch_size": rewards.reward_batch,
     "reward.backend.config.required_rewards": rewards.remote_rewards,
+    "reward.backend.config.sub_metric_reduce": ignored("a reward gives one score"),
     "reward.backend.config.aggregation_method": only_at(
         "weighted_sum", why="the same here", otherwise="rewards are summed here"
     ),
@@ -140,6 +141,8 @@ RULES: dict[str, Rule] = {
         if outcomes.adds_no_noise(s)
         else to_fields({"sampling.same_latent": True})
     ),
+    "sampling.post_window_ode.order": lambda s: no_equal("steps after the window are of first order"),
+    "sampling.post_window_ode.compress_ratio": lambda s: no_equal("no step after the window is left out"),
     "sampling.scheduler.num_timesteps": ignored("the steps of sampling"),
     "sampling.scheduler.num_sde_steps": outcomes.noisy_steps,
     "sampling.scheduler.timestep_fraction": outcomes.fraction,
@@ -195,7 +198,7 @@ PREFIXES: dict[str, Rule] = {
                 "algorithm.params.",
             ),
             *("stack._target_", "data_source._target_", "sampling._target_", "sampling.scheduler.config._target_"),
-            "sampling.scheduler._target_",
+            *("sampling.scheduler._target_", "sampling.post_window_ode._target_"),
         ),
         ignored("the class that reads the settings beside it"),
     ),
