@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -357,7 +358,7 @@ class Results:
         self.path = path
         self.runs: list[Run] = json.loads(path.read_text()) if path.exists() else []
         self._by_cell: dict[Cell, list[Run]] = {}
-        self._best: dict[tuple[Cell, float, float, int], tuple[float, int] | None] = {}
+        self._best: dict[tuple[Cell, float, float, int, int], tuple[float, int] | None] = {}
         for entry in self.runs:
             self._by_cell.setdefault(cell_of(entry), []).append(entry)
 
@@ -388,16 +389,25 @@ class Results:
         ends = [mean(values) for values in finals.values() if len(values) == most]
         return (runs[0]["curve"][0][1], max(ends)) if ends else None
 
-    def best(self, cell: Cell, level: float, ratio: float) -> tuple[float, int] | None:
-        """The learning rate and prompts with the lowest mean cost to a level, of those with the most seeds."""
+    def best(self, cell: Cell, level: float, ratio: float, fewest: int = 1) -> tuple[float, int] | None:
+        """The learning rate and prompts with the lowest mean cost to a level, of those with so many seeds or more.
+
+        A run that does not reach the level counts as long as it may be.
+        """
         runs = self.of(cell)
-        known = (cell, level, ratio, len(runs))
+        known = (cell, level, ratio, fewest, len(runs))
         if known not in self._best:
             costs: dict[tuple[float, int], list[float]] = {}
             for entry in runs:
-                costs.setdefault((entry["lr"], entry["prompts"]), []).append(cost_to(entry, level, ratio))
-            self._best[known] = min(costs, key=lambda key: mean(costs[key]), default=None)
+                whole = whole_cost(cell, entry["prompts"], ratio)
+                costs.setdefault((entry["lr"], entry["prompts"]), []).append(min(cost_to(entry, level, ratio), whole))
+            means = {key: mean(values) for key, values in costs.items() if len(values) >= fewest}
+            self._best[known] = min(means, key=means.__getitem__, default=None)
         return self._best[known]
+
+    def most_seeds(self, cell: Cell) -> int:
+        """The most seeds that a setting of a cell was run with."""
+        return max(Counter((entry["lr"], entry["prompts"]) for entry in self.of(cell)).values(), default=0)
 
 
 def level_of(ends: tuple[float, float], share: float) -> float:
@@ -591,7 +601,8 @@ class Map:
     def costs(self, cell: Cell, share: float, ratio: float) -> tuple[list[float], tuple[float, int]] | None:
         """The costs to a share of the goal under the cell's best settings, a run each, and these settings."""
         ends = self.results.ends(cell.objective, cell.shape)
-        best = None if ends is None else self.results.best(cell, level_of(ends, share), ratio)
+        most = self.results.most_seeds(cell)
+        best = None if ends is None else self.results.best(cell, level_of(ends, share), ratio, most)
         if ends is None or best is None:
             return None
         runs = [r for r in self.results.of(cell) if (r["lr"], r["prompts"]) == best]
@@ -664,7 +675,7 @@ def _over_weight_1(results: Results, cell: Cell, name: str, share: float) -> tup
     costs = []
     for choice in (f"{name}, negatives 1", cell.choice):
         own = replace(cell, choice=choice)
-        best = None if ends is None else results.best(own, level_of(ends, share), 1.0)
+        best = None if ends is None else results.best(own, level_of(ends, share), 1.0, results.most_seeds(own))
         if ends is None or best is None:
             return "-", 0
         runs = [r for r in results.of(own) if (r["lr"], r["prompts"]) == best]
