@@ -425,7 +425,8 @@ def test_a_model_that_a_reward_does_not_take_is_refused(name):
 
 @pytest.mark.parametrize("option", ["model", "sha256"])
 def test_a_function_is_refused_with_what_it_does_not_take(option):
-    term = RewardTerm("operator:add", **{option: "0" * 64})
+    options: dict[str, Any] = {option: "0" * 64}
+    term = RewardTerm("operator:add", **options)
     with pytest.raises(Refusal, match=f"^reward 'operator:add' takes no {option}, which only a progrpo"):
         load_reward(term)
 

@@ -43,7 +43,7 @@ class Experiment:
 
 _MODELS = (
     "The paper trains SD 3.5 Medium or SD 1.4 by GRPO on 24 or 8 A100; ours are the built-in models of 2 to 4 million"
-    " parameters under DGPO, since plain GRPO does not learn on them in minutes ([the road](road_to_reward.md))."
+    " parameters under DGPO, since plain GRPO learns little on them in minutes ([the road](road_to_reward.md))."
 )
 _REWARD = (
     "The paper's reward is PickScore or HPSv2.1; ours is `shapes_match`, continuous and different for every prompt."
