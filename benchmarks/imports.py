@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from progrpo.imports.flow_factory.read import import_flow_factory
-from progrpo.imports.flow_grpo import import_flow_grpo
+from progrpo.imports.flow_grpo.read import import_flow_grpo
 from progrpo.imports.translation import STATUSES, Translation
 from progrpo.imports.unirl.read import import_unirl
 from progrpo.imports.verl_omni.read import import_verl_omni

@@ -114,8 +114,8 @@ KNOW_DIFFUSERS_AND_PEFT = ("progrpo.policies", "progrpo.zoo")
 FREE_OF_TORCH = (
     "progrpo.cli",
     "progrpo.config",
-    "progrpo.imports.flow_grpo",
     "progrpo.imports.flow_factory.read",
+    "progrpo.imports.flow_grpo.read",
     "progrpo.imports.unirl.read",
     "progrpo.imports.verl_omni.read",
     "progrpo.recipes",

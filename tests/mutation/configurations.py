@@ -23,7 +23,7 @@ from progrpo.config import (
     trained_items,
 )
 from progrpo.imports.flow_factory.read import import_flow_factory
-from progrpo.imports.flow_grpo import import_flow_grpo
+from progrpo.imports.flow_grpo.read import import_flow_grpo
 from progrpo.recipes import RECIPES, load_recipe
 from progrpo.rewards.settings import REWARDS, RewardTerm
 from progrpo.rollout.plan import summary

@@ -10,7 +10,7 @@ import yaml
 
 from progrpo.config import Config, RewardTerm
 from progrpo.imports.flow_factory.read import import_flow_factory
-from progrpo.imports.flow_grpo import import_flow_grpo
+from progrpo.imports.flow_grpo.read import import_flow_grpo
 
 SD35, FLUX, KONTEXT = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev", "FLUX.1-Kontext-dev"
 

@@ -14,7 +14,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from progrpo.cli.command import Command, check_device, check_range
 from progrpo.config import check, config_to_json
 from progrpo.durable import write_text
-from progrpo.imports.flow_grpo import Script
+from progrpo.imports.flow_grpo.scripts import Script
 from progrpo.messages import named
 from progrpo.rewards.settings import RewardDtype, RewardTerm
 
@@ -48,7 +48,7 @@ class Import(Command):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
         check_range(1, 100_000, gpus=self.gpus)
         from progrpo.imports.flow_factory.read import import_flow_factory
-        from progrpo.imports.flow_grpo import import_flow_grpo
+        from progrpo.imports.flow_grpo.read import import_flow_grpo
         from progrpo.imports.translation import as_tables
         from progrpo.imports.unirl.read import import_unirl
         from progrpo.imports.verl_omni.read import import_verl_omni

@@ -1,0 +1,1 @@
+"""The import of flow_grpo's settings."""
