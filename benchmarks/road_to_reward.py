@@ -77,6 +77,8 @@ GRPO_ARMS: dict[str, Changes] = {
     "12 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 12]]}}),
     "6 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 6]]}}),
     "uniform 12 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 12]], "selector": "uniform"}}),
+    "plain 24, KL 0.04": changed(SHORT, {"objective": {"name": "grpo", "grpo": {"kl_beta": 0.04}}}),
+    "plain 24, CPS": changed(SHORT, {"sampling": {"sampler": "cps"}}),
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
     "first 3 steps, plain 24": changed(SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}}),
     "first 3 steps, 12 of 24 after 3": changed(
