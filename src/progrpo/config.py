@@ -21,7 +21,7 @@ from progrpo.objectives.settings import (
 from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
 from progrpo.rewards.settings import RewardSettings, RewardTerm
-from progrpo.rollout.plan import Plan
+from progrpo.rollout.plan import Plan, PlanCosts, summary
 from progrpo.rollout.settings import SAMPLERS, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.settings import (
     as_data,
@@ -382,15 +382,43 @@ def trained_steps(config: Config, iteration: int) -> range:
 
 
 def shared_calls(config: Config, iteration: int) -> int:
-    """The first network calls of an iteration that are made once for a group, whose members are equal at them.
+    """The number of first network calls of an iteration that are made once for a group, whose members are equal there.
 
-    With `sampling.same_latent` they are those up to the first step with noise. None are where a group's members may be
-    in several processes. The call at that step is not where its graph is kept, since graphs are freed row by row.
+    With `sampling.same_latent` they are those up to the first step with noise. It is 0 where a group's members may be
+    in several processes. The call at that step does not count where its graph is kept: graphs are freed row by row.
     """
     if not config.sampling.same_latent or config.prompts.split_groups or config.prompts.pairs:
         return 0
     first = stochastic_steps(config, iteration).start
     return first if config.optim.reuse_rollout else first + 1
+
+
+def nfe_shared(config: Config, group_size: int, iteration: int) -> int:
+    """NFE that a group saves in a zero-based iteration by network calls that are made once for all its members."""
+    return shared_calls(config, iteration) * (group_size - 1) * (2 if config.sampling.in_pairs else 1)
+
+
+def plan_costs(config: Config, plan: Plan) -> PlanCosts:
+    """The costs of a plan of the run, for a prompt and for an iteration's prompts, ready for JSON.
+
+    Where the calls that a group shares differ between iterations, they are those of the first one.
+    """
+    sampling, prompts = config.sampling, config.prompts.per_iteration
+    steps_to_picture = config.preview.steps_to_picture
+    costs = summary(
+        plan, sampling.num_inference_steps, trained_items(config), sampling.in_pairs, steps_to_picture, prompts
+    )
+    shared = nfe_shared(config, plan.group_size, 0)
+    if not shared:
+        return costs
+    nfe = costs["nfe_per_iteration"] - shared * prompts
+    return {
+        **costs,
+        "nfe_per_prompt": costs["nfe_per_prompt"] - shared,
+        "nfe_per_iteration": nfe,
+        "nfe_saved": 1 - nfe / (costs["nfe_full_group"] * prompts),
+        "nfe_ratio_to_none": costs["nfe_ratio_to_none"] * nfe / costs["nfe_per_iteration"],
+    }
 
 
 def trained_items(config: Config) -> int:

@@ -12,6 +12,7 @@ from progrpo.config import (
     PromptSettings,
     SamplingSettings,
     from_dict,
+    plan_costs,
     stochastic_steps,
 )
 from progrpo.rollout.plan import PRESETS, Plan
@@ -82,6 +83,9 @@ def test_calls_that_equal_members_share_are_counted_once(tiny_trainer, tiny_conf
     assert nfe == [2 * (3 * 5 - 2 * (start + (not reuse_rollout))) for start in starts]
     assert built.totals.counted == built.totals.predicted
     assert nfe_unpruned(built) == 2 * 3 * 5
+    costs = plan_costs(config, built.plan)
+    assert (costs["nfe_per_iteration"], costs["nfe_per_prompt"]) == (nfe[0], nfe[0] / 2)
+    assert costs["nfe_saved"] == 1 - nfe[0] / 30 and costs["nfe_ratio_to_none"] == nfe[0] / (2 * 24 * 5)
 
 
 @pytest.mark.parametrize(

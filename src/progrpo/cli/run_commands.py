@@ -10,10 +10,9 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from progrpo.cli.command import Command, ConfigFields, check_range, first_free, require_run
 from progrpo.cli.output import columns, format_result, show
-from progrpo.config import Config, check, config_to_json, resolve_plan, trained_items
+from progrpo.config import Config, check, config_to_json, plan_costs, resolve_plan
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.registry import choices_of
-from progrpo.rollout.plan import summary
 from progrpo.rollout.settings import PLAN_NAMES
 from progrpo.training.gpus import GPUS
 
@@ -102,15 +101,7 @@ class Plan(Command):
         check(config)
         check_range(0.01, 1, share_of_peak=self.share_of_peak)
         check_range(1, 100_000, processes=self.processes)
-        sampling = config.sampling
-        costs = summary(
-            resolve_plan(config),
-            sampling.num_inference_steps,
-            trained_items(config),
-            sampling.in_pairs,
-            config.preview.steps_to_picture,
-            config.prompts.per_iteration,
-        )
+        costs = plan_costs(config, resolve_plan(config))
         plan = "recorded pairs" if config.prompts.pairs else config.plan.preset
         result: dict[str, object] = {"recipe": config.recipe, "plan": plan, **costs}
         if self.gpu is not None:

@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
-from progrpo.config import Config, shared_calls, trained_items
+from progrpo.config import Config, nfe_shared, trained_items
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.prune import Selector
@@ -33,8 +33,7 @@ def prompt_cost(
     """The cost of a plan for one prompt of the run, or for so many of a zero-based iteration."""
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
     cost = plan.predict(steps, trained_items(config), pairs, config.preview.steps_to_picture, probed_steps, prompts)
-    shared = shared_calls(config, iteration) * (plan.group_size - 1) * prompts
-    return replace(cost, nfe=cost.nfe - shared * (2 if config.sampling.in_pairs else 1))
+    return replace(cost, nfe=cost.nfe - nfe_shared(config, plan.group_size, iteration) * prompts)
 
 
 def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), iteration: int = 0) -> Cost:

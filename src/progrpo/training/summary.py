@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from progrpo.config import Config, trained_items
+from progrpo.config import Config, plan_costs
 from progrpo.rollout.plan import PlanCosts, preset
-from progrpo.rollout.plan import summary as plan_summary
 from progrpo.tracking.records import AuditRecord, MeasuredSummary, PlanSummary, RewardSummary, Summary
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
@@ -36,7 +35,7 @@ class Progress:
 def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summary:
     """The summary of a run up to now."""
     config, totals, iterations = trainer.config, trainer.totals, trainer.iteration
-    plan = plan_figures(trainer)
+    plan = plan_costs(config, trainer.plan)
     none = preset("none", config.sampling.num_inference_steps)
     unpruned = nfe_unpruned(trainer) * iterations
     plain = nfe_of_full_groups(config, none.group_size) * iterations
@@ -103,7 +102,7 @@ def introduction(trainer: Trainer, folder: RunFolder) -> str:
             f"{config.recipe}: {config.prompts.per_iteration} recorded pairs of {config.prompts.pairs} an iteration by"
             f" {config.objective.name}, no sampling; run folder {folder.path}"
         )
-    plan = plan_figures(trainer)
+    plan = plan_costs(config, trainer.plan)
     path, prompts = (" -> ".join(map(str, numbers)) for numbers in (plan["path"], plan["groups"]))
     terms = config.reward.terms
     prunes = trainer.plan.survivors < trainer.plan.group_size
@@ -123,19 +122,6 @@ def selected_on(config: Config) -> str:
         return "expected sum of rewards, whose noise is known"
     gdpo = config.objective.advantage == "gdpo"
     return "sum of rewards normalised in their group" if gdpo else "weighted sum of rewards"
-
-
-def plan_figures(trainer: Trainer) -> PlanCosts:
-    """The costs of the plan in force."""
-    sampling = trainer.config.sampling
-    return plan_summary(
-        trainer.plan,
-        sampling.num_inference_steps,
-        trained_items(trainer.config),
-        sampling.in_pairs,
-        trainer.config.preview.steps_to_picture,
-        trainer.config.prompts.per_iteration,
-    )
 
 
 def nfe_unpruned(trainer: Trainer) -> int:
