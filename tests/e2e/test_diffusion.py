@@ -174,10 +174,11 @@ def test_the_papers_plans_are_costed_without_weights(capsys):
 
     sd14 = plan("sd14-hpsv2")
     assert sd14["path"] == [48, 32, 8] and sd14["prune_steps"] == [30, 40]
-    assert sd14["nfe_per_prompt"] == 2 * (48 * 31 + 32 * 10 + 8 * 9)  # with guidance a call counts two
+    # with guidance a call counts two; a group has one initial latent, so that its first call is made once
+    assert sd14["nfe_per_prompt"] == 2 * (1 + 48 * 30 + 32 * 10 + 8 * 9)
     assert (sd14["decodes_per_prompt"], sd14["trained_steps_per_prompt"]) == (48 + 32 + 8, 8 * 49)
     baseline = plan("sd14-hpsv2", "--plan.preset", "custom", "--plan.group-size", "16")
-    assert (baseline["path"], baseline["nfe_per_prompt"]) == ([16], 2 * 16 * 50)
+    assert (baseline["path"], baseline["nfe_per_prompt"]) == ([16], 2 * (1 + 16 * 49))
     assert plan("sd35m-pickscore")["path"] == [48, 24, 12]
     assert plan("sd35m-pickscore", "--plan", "flash")["path"] == [24, 16, 12]
     assert plan("sd35m-pickscore", "--plan", "none")["path"] == [24]
