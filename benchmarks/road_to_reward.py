@@ -2,6 +2,7 @@
 
     python benchmarks/road_to_reward.py [--study dgpo] [--reward shapes_match] [--arms NAME ...] [--minutes 60]
     python benchmarks/road_to_reward.py --study grpo --arms "plain 12" --seeds 0 --lr 1e-4
+    python benchmarks/road_to_reward.py --reward flipped_reward:FlippedStrict
     python benchmarks/road_to_reward.py --study grpo --table [--picture docs/images/road_to_reward_grpo.png]
 
 The study `dgpo` has arms under DGPO with six ODE steps and two draws a picture, beside GRPO with ten SDE steps of which
@@ -12,7 +13,8 @@ before it begins. Learning rates fall to zero over that length. Runs in `--out` 
 command goes on. An arm's rate is the one that was run with the most seeds.
 
 The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
-seconds of one core. A curve is smoothed over three evaluations.
+seconds of one core. A curve is smoothed over three evaluations. `flipped_reward:FlippedStrict` is the strict verdict of
+which a fifth is wrong; its runs are measured by the right verdict.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from progrpo.durable import write_text
 TRAINED = 3.0  # network calls that a trained step takes: forward, and twice that backward
 PICTURES, EVALUATIONS = 256, 8
 PROMPTS, GROUP = 6, 24
+MEASURES = {"flipped_reward:FlippedStrict": "shapes_strict"}
+"""What measures a run with this reward; without an entry it is the reward itself."""
 INK, QUIET = (40, 44, 52), (128, 134, 144)
 COLOURS = ((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50))
 
@@ -121,12 +125,22 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def reached_at(curve: Sequence[dict[str, Any]], level: float, unit: str) -> float | None:
     """The amount of `unit` at which the smoothed curve reaches a level, interpolated; None where it does not."""
-    values = smoothed([point["graded"] for point in curve])
+    values = smoothed([point["reward"] for point in curve])
     for (a, low), (b, high) in pairwise(zip(curve, values, strict=True)):
         if high >= level:
             share = (level - low) / (high - low) if high > low else 1.0
             return float(a[unit] + max(0.0, share) * (b[unit] - a[unit]))
     return None
+
+
+def of_task(results: Sequence[dict[str, Any]], model: str, reward: str) -> list[dict[str, Any]]:
+    """The results of a model and a reward. What measures it is `reward` in each point of their curves."""
+    measure = MEASURES.get(reward, "graded")
+    return [
+        {**entry, "curve": [{**point, "reward": point[measure]} for point in entry["curve"]]}
+        for entry in results
+        if (entry["model"], entry["reward"]) == (model, reward)
+    ]
 
 
 def curves_of(results: Sequence[dict[str, Any]], arm: str) -> list[list[dict[str, Any]]]:
@@ -141,18 +155,19 @@ def curves_of(results: Sequence[dict[str, Any]], arm: str) -> list[list[dict[str
 def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     """A row per arm."""
     reference = curves_of(results, study.reference)
-    base = mean(curve[0]["graded"] for curve in reference)
-    final = mean(curve[-1]["graded"] for curve in reference)
+    base = mean(curve[0]["reward"] for curve in reference)
+    final = mean(curve[-1]["reward"] for curve in reference)
     lines = [
-        "| arm | seeds | iterations | reward | strict | judge | diversity | core seconds to 50 / 75 / 100 % |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| the base | | 0 | {base:.3f} | {_figures(reference, 0)} | |",
+        "| arm | seeds | iterations | reward | strict | judge | diversity | distance | gradient"
+        " | core seconds to 50 / 75 / 100 % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| the base | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
     ]
     for arm in study.arms:
         curves = curves_of(results, arm)
         if not curves:
             continue
-        ends = [curve[-1]["graded"] for curve in curves]
+        ends = [curve[-1]["reward"] for curve in curves]
         spread = f" ± {stdev(ends):.3f}" if len(ends) > 1 else ""
         times = []
         for share in (0.5, 0.75, 1.0):
@@ -162,7 +177,7 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
             times.append(f"{mean(there):.0f}{of_all}" if there else "-")
         lines.append(
             f"| {arm} | {len(curves)} | {curves[0][-1]['iterations']} | {mean(ends):.3f}{spread}"
-            f" | {_figures(curves)} | {' / '.join(times)} |"
+            f" | {_figures(curves)} | {_path(curves)} | {' / '.join(times)} |"
         )
     return "\n".join(lines)
 
@@ -170,6 +185,13 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
 def _figures(curves: Sequence[Sequence[dict[str, Any]]], at: int = -1) -> str:
     names = ("shapes_strict", "judge", "diversity")
     return " | ".join(f"{mean(curve[at][name] for curve in curves):.3f}" for name in names)
+
+
+def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """The distance to the base at the end and the mean length of gradients, for the runs that measured them."""
+    ends = [curve[-1]["kl"] for curve in curves if "kl" in curve[-1]]
+    lengths = [point["grad_norm"] for curve in curves for point in curve[1:] if "grad_norm" in point]
+    return f"{mean(ends):.3f} | {mean(lengths):.2f}" if ends else "- | -"
 
 
 def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
@@ -180,14 +202,14 @@ def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
     curves = {arm: curves_of(results, arm) for arm in study.arms}
     points = [point for runs in curves.values() for curve in runs for point in curve]
     last = max(point["cpu_seconds"] for point in points)
-    low, high = (f(point["graded"] for point in points) for f in (min, max))
+    low, high = (f(point["reward"] for point in points) for f in (min, max))
 
     def at(point: Mapping[str, float]) -> tuple[float, float]:
-        share = (point["graded"] - low) / (high - low)
+        share = (point["reward"] - low) / (high - low)
         return left + width * point["cpu_seconds"] / last, top + height * (1 - share)
 
     for value in (low, (low + high) / 2, high):
-        y = at({"cpu_seconds": 0, "graded": value})[1]
+        y = at({"cpu_seconds": 0, "reward": value})[1]
         draw.line((left, y, left + width, y), fill=(225, 228, 232))
         draw.text((8, y - 7), f"{value:.3f}", fill=QUIET, font=font)
     shown = [(arm, runs) for arm, runs in curves.items() if runs]
@@ -195,7 +217,7 @@ def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
         for curve in runs:
             draw.line([at(point) for point in curve], fill=colour, width=1)
         mean_of = [
-            {name: mean(p[name] for p in points) for name in ("cpu_seconds", "graded")}
+            {name: mean(p[name] for p in points) for name in ("cpu_seconds", "reward")}
             for points in zip(*runs, strict=False)
         ]
         draw.line([at(point) for point in mean_of], fill=colour, width=3)
@@ -227,6 +249,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     if arguments.table:
+        results = of_task(results, arguments.model, arguments.reward)
         print(table(study, results))
         if arguments.picture:
             picture(study, results).save(arguments.picture, optimize=True)

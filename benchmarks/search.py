@@ -36,7 +36,7 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import Measures, evaluate
+from progrpo.training.evaluate import Measures, evaluate, kl_to_reference
 from progrpo.training.inputs import held_out_rewards
 from progrpo.training.trainer import Trainer
 from progrpo.zoo import WEIGHTS
@@ -197,14 +197,21 @@ def run(config: Config, seconds: float, every: float, pictures: int, by: str = "
     sampler = Sampler(policy, reward, ode(policy, config.eval.num_inference_steps, 1.0, 64))
     spent, cpu, due = 0.0, 0.0, 0.0
     curve: list[dict[str, Any]] = []
+    norms: list[float] = []
+    policy.named_weights.snapshot("base")
     while True:
         over = spent >= seconds or trainer.iteration >= config.iterations
         done = spent if by == "seconds" else trainer.iteration
         if done >= due or over:
-            with policy.weights(trainer.learner.evaluated_weights):
+            weights = trainer.learner.evaluated_weights
+            with policy.weights(weights):
                 evaluation = evaluate(sampler, prompts, config.eval.seed, ranks, measures)
             figures = {name: evaluation.mean(name) for name in ("strict", "graded", "judge", "diversity")}
             figures |= evaluation.held_out()
+            if "reference" not in policy.named_weights:  # a learner that does not need it lets it go
+                policy.named_weights.snapshot("reference", "base")
+            figures["kl"] = kl_to_reference(policy, weights, prompts, sampler.sampling, config.eval.seed)
+            figures["grad_norm"], norms = mean(norms) if norms else None, []
             counted = trainer.totals.counted
             work = {"nfe": counted.nfe, "previews": counted.previews, "trained_steps": counted.trained_steps}
             at = {"seconds": round(spent, 1), "cpu_seconds": round(cpu, 1), "iterations": trainer.iteration}
@@ -220,6 +227,7 @@ def run(config: Config, seconds: float, every: float, pictures: int, by: str = "
         record = trainer.step().record
         cpu += time.process_time() - began
         spent += record["seconds"] - record["time/audit"]
+        norms.append(record["update/grad_norm"])
 
 
 def _rounded(figures: Mapping[str, float | None]) -> dict[str, float | None]:
