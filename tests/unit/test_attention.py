@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor, JointAttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -68,6 +69,25 @@ def test_a_cpu_in_low_precision_attends_by_matrix_products(tiny_sd3, tiny_sd, dt
     for pipeline, kind in ((tiny_sd3, JointAttention), (tiny_sd, AttnProcessor)):
         denoiser = loaded(pipeline, dtype).denoiser
         assert all(isinstance(p, kind) == (dtype != "float32") for p in denoiser.attn_processors.values())
+
+
+def test_a_cpu_in_low_precision_takes_gelu_itself_with_an_error_as_small(tiny_sd3):
+    outputs = {}
+    for dtype, expected in (("float32", "tanh"), ("bfloat16", "none")):
+        policy = loaded(tiny_sd3, dtype)
+        layers = [m for m in policy.denoiser.modules() if isinstance(m, GELU)]
+        assert layers and all(layer.approximate == expected for layer in layers)
+        condition = policy.encode([Prompt("a red cat")] * 4)
+        x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+        for approximate in ("tanh", "none"):
+            for layer in layers:
+                layer.approximate = approximate
+            with torch.no_grad():
+                outputs[dtype, approximate] = policy.predict(x, torch.tensor(500.0), condition)
+    truth = outputs["float32", "tanh"]
+    error = {name: float((output - truth).abs().mean()) for name, output in outputs.items()}
+    assert 0 < error["float32", "none"] < error["bfloat16", "tanh"] / 4
+    assert error["bfloat16", "none"] < 1.1 * error["bfloat16", "tanh"]
 
 
 def test_raising_a_loras_input_to_float32_would_change_no_bit(tiny_sd3):

@@ -50,9 +50,13 @@ class JointAttention:
             norms = (attn.norm_added_q, attn.norm_added_k, None)
             projected.append(_heads(attn, encoder_hidden_states, layers, norms))
         query, key, value = (torch.cat(streams, dim=2).flatten(0, 1) for streams in zip(*projected, strict=True))
-        attended = attn.get_attention_scores(query, key) @ value
-        attended = attended.unflatten(0, (-1, attn.heads)).transpose(1, 2).flatten(2)
-        places, tokens = attended.tensor_split([hidden_states.shape[1]], dim=1)
+        with torch.autocast(query.device.type, enabled=False):  # which would raise the scores to float32 and back
+            scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=attn.scale)
+            attended = (scores.softmax(dim=-1) @ value).unflatten(0, (-1, attn.heads))
+        # each part contiguous: a layer multiplies others by a copy of its weights for every row
+        places, tokens = (
+            part.transpose(1, 2).flatten(2) for part in attended.tensor_split([hidden_states.shape[1]], dim=2)
+        )
         for layer in attn.to_out:
             places = layer(places)
         if encoder_hidden_states is None:
@@ -63,6 +67,10 @@ class JointAttention:
 def _heads(
     attn: Attention, states: Tensor, layers: tuple[nn.Module, ...], norms: tuple[nn.Module | None, ...]
 ) -> list[Tensor]:
-    """The queries, keys and values of one stream, each (B, heads, tokens, width of a head)."""
-    split = [layer(states).unflatten(2, (attn.heads, -1)).transpose(1, 2) for layer in layers]
-    return [x if norm is None else norm(x) for x, norm in zip(split, norms, strict=True)]
+    """The queries, keys and values of one stream, each (B, heads, tokens, width of a head), in one dtype.
+
+    Norms compute in float32, and in the order of memory.
+    """
+    split = [layer(states).unflatten(2, (attn.heads, -1)) for layer in layers]
+    normed = [x if norm is None else norm(x).to(x.dtype) for x, norm in zip(split, norms, strict=True)]
+    return [x.transpose(1, 2) for x in normed]

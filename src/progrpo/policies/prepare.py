@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, ModelMixin
+from diffusers.models.activations import GELU
 from diffusers.models.autoencoders.vae import Decoder
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -254,9 +255,20 @@ def _share(family: ModelFamily) -> None:
 def _optimize_for_cpu(family: ModelFamily) -> None:
     if is_low_precision_on_cpu(family.dtype, family.device):
         optimize_for_cpu(family.pipeline.vae)
-        if family.plain_attention is not None:
-            for denoiser in family.denoisers.values():
+        for denoiser in family.denoisers.values():
+            if family.plain_attention is not None:
                 denoiser.set_attn_processor(family.plain_attention())
+            _take_exact_gelu(denoiser)
+
+
+def _take_exact_gelu(denoiser: ModelMixin) -> None:
+    """Replace GELU's approximation by tanh with GELU itself, which takes a fifth of the time in bfloat16.
+
+    They differ by 5e-4 at most. In the output of the built-in flow model that is a thirtieth of bfloat16's rounding.
+    """
+    for layer in denoiser.modules():
+        if isinstance(layer, GELU | nn.GELU) and layer.approximate == "tanh":
+            layer.approximate = "none"
 
 
 def _slice_decoding(family: ModelFamily, geometry: Geometry) -> None:
