@@ -93,15 +93,27 @@ FORMER: Changes = {
 QUICKSTART = changed(changed(to_dict(load_recipe("quickstart")), FORMER), {"audit": {"every": 5}})
 # A third of today's, without audits
 SIX = changed(to_dict(load_recipe("quickstart")), {"iterations": 75, "audit": {"every": 0}})
+TODAY = to_dict(load_recipe("quickstart"))
 SMALL = changed(QUICKSTART, {"iterations": 230, "prompts": {"per_iteration": 6}, "audit": {"every": 0}})
 # The recipe of the diffusion model, and what was tried beside it
 UNET = to_dict(load_recipe("shapes-diffusion"))
 
 TRIALS: dict[str, Changes] = {
-    "quickstart": to_dict(load_recipe("quickstart")),
-    "quickstart, one draw": changed(to_dict(load_recipe("quickstart")), {"objective": {"dgpo": {"draws": 1}}}),
-    "quickstart, half the weight for negatives": changed(
-        to_dict(load_recipe("quickstart")), {"objective": {"dgpo": {"negative_weight": 0.5}}}
+    "quickstart": TODAY,
+    "quickstart, one draw": changed(TODAY, {"objective": {"dgpo": {"draws": 1}}}),
+    "quickstart, half the weight for negatives": changed(TODAY, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
+    "quickstart, 200 iterations": changed(TODAY, {"iterations": 200}),
+    "quickstart, lr 3e-4": changed(TODAY, {"optim": {"lr": 3e-4}}),
+    "quickstart, lr 3e-4, longer average": changed(TODAY, {"optim": {"lr": 3e-4, "ema_decay": 0.97}}),
+    "quickstart, strict reward": changed(TODAY, rewarded("shapes_strict")),
+    "quickstart, 4 prompts": changed(TODAY, {"iterations": 225, "prompts": {"per_iteration": 4}}),
+    "quickstart, later levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.8}}}),
+    "quickstart, early levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.4}}}),
+    "quickstart, 4 steps": changed(TODAY, {"iterations": 170, "sampling": {"num_inference_steps": 4}}),
+    "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
+    "quickstart, groups of 8": changed(
+        TODAY,
+        {"iterations": 225, "plan": {"group_size": 8}, "sampling": {"microbatch": 48}, "optim": {"microbatch": 48}},
     ),
     "quickstart audited": QUICKSTART,
     # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
