@@ -1,11 +1,12 @@
-"""Attention on a CPU in bfloat16, and the input of a LoRA's layers: milliseconds per row, in one process.
+"""Attention and GELU on a CPU in bfloat16, and the input of a LoRA's layers: milliseconds per row, in one process.
 
     python benchmarks/attention.py [--models shapes-flow shapes-diffusion] [--rows 48] [--rounds 7] [--json]
 
 `products` is the attention that a policy takes there (progrpo.policies.attention, diffusers' AttnProcessor). `math` is
-torch's attention without fused kernels, `fused` with them. `products, raised` has a LoRA's input raised to float32
-first, as peft does by default. Each is timed over a network call, and over a call with its gradient. The ways take
-turns, round by round; figures are medians over rounds.
+torch's attention without fused kernels, `fused` with them. `products, tanh` has GELU approximated by tanh, as these
+networks are written, and `products, raised` a LoRA's input raised to float32 first, as peft does by default. Each is
+timed over a network call, and over a call with its gradient. The ways take turns, round by round; figures are medians
+over rounds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,6 +40,7 @@ class Way:
     products: bool
     fused: bool = False
     raised: bool = False
+    tanh: bool = False
 
     def prepare(self, policy: PipelinePolicy) -> None:
         theirs = JointAttnProcessor2_0 if isinstance(policy.family, SD3) else AttnProcessor2_0
@@ -47,6 +50,8 @@ class Way:
         for module in policy.denoiser.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = self.raised
+            if isinstance(module, GELU):
+                module.approximate = "tanh" if self.tanh else "none"
 
     def kernels(self) -> AbstractContextManager[None]:
         return nullcontext() if self.products or self.fused else sdpa_kernel(SDPBackend.MATH)
@@ -54,6 +59,7 @@ class Way:
 
 WAYS = {
     "products": Way(products=True),
+    "products, tanh": Way(products=True, tanh=True),
     "products, raised": Way(products=True, raised=True),
     "math": Way(products=False),
     "fused": Way(products=False, fused=True),
