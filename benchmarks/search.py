@@ -110,6 +110,8 @@ TRIALS: dict[str, Changes] = {
     "quickstart, later levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.8}}}),
     "quickstart, early levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.4}}}),
     "quickstart, 4 steps": changed(TODAY, {"iterations": 170, "sampling": {"num_inference_steps": 4}}),
+    "quickstart, signal": changed(TODAY, {"prompts": {"order": "signal"}}),
+    "quickstart, kl_beta 0.003": changed(TODAY, {"objective": {"dgpo": {"kl_beta": 0.003}}}),
     "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
     "quickstart, groups of 8": changed(
         TODAY,
