@@ -110,6 +110,11 @@ TRIALS: dict[str, Changes] = {
     "quickstart, later levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.8}}}),
     "quickstart, early levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.4}}}),
     "quickstart, 4 steps": changed(TODAY, {"iterations": 170, "sampling": {"num_inference_steps": 4}}),
+    # whole groups are stopped: those whose previews' scores differ least
+    "quickstart, 6 of 10 prompts": changed(
+        TODAY, {"prompts": {"per_iteration": 10}, "plan": {"prune": [[2, 12]], "keep_groups": 6}}
+    ),
+    "quickstart, batch std": changed(TODAY, {"objective": {"advantage": "batch"}}),
     "quickstart, signal": changed(TODAY, {"prompts": {"order": "signal"}}),
     "quickstart, kl_beta 0.003": changed(TODAY, {"objective": {"dgpo": {"kl_beta": 0.003}}}),
     "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
