@@ -118,6 +118,7 @@ TRIALS: dict[str, Changes] = {
     "quickstart, signal": changed(TODAY, {"prompts": {"order": "signal"}}),
     "quickstart, kl_beta 0.003": changed(TODAY, {"objective": {"dgpo": {"kl_beta": 0.003}}}),
     "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
+    "quickstart, dpo_beta 10": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 10.0}}}),
     "quickstart, groups of 8": changed(
         TODAY,
         {"iterations": 225, "plan": {"group_size": 8}, "sampling": {"microbatch": 48}, "optim": {"microbatch": 48}},
