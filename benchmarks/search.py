@@ -119,10 +119,8 @@ TRIALS: dict[str, Changes] = {
     "quickstart, kl_beta 0.003": changed(TODAY, {"objective": {"dgpo": {"kl_beta": 0.003}}}),
     "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
     "quickstart, dpo_beta 10": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 10.0}}}),
-    "quickstart, groups of 8": changed(
-        TODAY,
-        {"iterations": 225, "plan": {"group_size": 8}, "sampling": {"microbatch": 48}, "optim": {"microbatch": 48}},
-    ),
+    "quickstart, 9 prompts of 8": changed(TODAY, {"prompts": {"per_iteration": 9}, "plan": {"group_size": 8}}),
+    "quickstart, dpo_beta 50": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 50.0}}}),
     "quickstart audited": QUICKSTART,
     # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
