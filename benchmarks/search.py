@@ -102,7 +102,6 @@ TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
     "quickstart, one draw": changed(TODAY, {"objective": {"dgpo": {"draws": 1}}}),
     "quickstart, half the weight for negatives": changed(TODAY, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
-    "quickstart, 200 iterations": changed(TODAY, {"iterations": 200}),
     "quickstart, lr 3e-4": changed(TODAY, {"optim": {"lr": 3e-4}}),
     "quickstart, lr 3e-4, longer average": changed(TODAY, {"optim": {"lr": 3e-4, "ema_decay": 0.97}}),
     "quickstart, strict reward": changed(TODAY, rewarded("shapes_strict")),
@@ -119,6 +118,12 @@ TRIALS: dict[str, Changes] = {
     "quickstart, kl_beta 0.003": changed(TODAY, {"objective": {"dgpo": {"kl_beta": 0.003}}}),
     "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
     "quickstart, dpo_beta 10": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 10.0}}}),
+    # what was ahead, together
+    "quickstart, together": changed(
+        TODAY,
+        {"iterations": 220, "objective": {"advantage": "batch", "dgpo": {"dpo_beta": 50.0, "time_fraction": 0.5}}},
+    ),
+    "quickstart, 220 iterations": changed(TODAY, {"iterations": 220}),
     "quickstart, 9 prompts of 8": changed(TODAY, {"prompts": {"per_iteration": 9}, "plan": {"group_size": 8}}),
     "quickstart, dpo_beta 50": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 50.0}}}),
     "quickstart audited": QUICKSTART,
