@@ -110,7 +110,15 @@ TRIALS: dict[str, Changes] = {
     "quickstart, later levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.8}}}),
     "quickstart, early levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.4}}}),
     "quickstart, 4 steps": changed(TODAY, {"iterations": 170, "sampling": {"num_inference_steps": 4}}),
+    # whole groups are stopped: those whose previews' scores differ least
+    "quickstart, 6 of 10 prompts": changed(
+        TODAY, {"prompts": {"per_iteration": 10}, "plan": {"prune": [[2, 12]], "keep_groups": 6}}
+    ),
+    "quickstart, batch std": changed(TODAY, {"objective": {"advantage": "batch"}}),
+    "quickstart, signal": changed(TODAY, {"prompts": {"order": "signal"}}),
+    "quickstart, kl_beta 0.003": changed(TODAY, {"objective": {"dgpo": {"kl_beta": 0.003}}}),
     "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
+    "quickstart, dpo_beta 10": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 10.0}}}),
     "quickstart, groups of 8": changed(
         TODAY,
         {"iterations": 225, "plan": {"group_size": 8}, "sampling": {"microbatch": 48}, "optim": {"microbatch": 48}},
@@ -180,6 +188,9 @@ TRIALS: dict[str, Changes] = {
     "dgpo one draw mixed lora 1e-3": changed(ONE, {"model": {"weights": "lora"}, "optim": {"lr": 1e-3}}),
     "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
     "unet": UNET,
+    # the quickstart's small plain groups, for as much work
+    "unet small": changed(TODAY, {"iterations": 110, "model": {"path": "shapes-diffusion"}, "optim": {"lr": 1e-4}}),
+    "unet small, lr 2e-4": changed(TODAY, {"iterations": 110, "model": {"path": "shapes-diffusion"}}),
     "unet 80 iterations": changed(UNET, {"iterations": 80}),
     "unet lr 4e-5": changed(UNET, {"optim": {"lr": 4e-5}}),
     "unet nft": changed(UNET, {"objective": {"name": "nft"}}),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from progrpo.rewards.base import Refusal, Reward, Score
-from progrpo.rewards.cache import CachedReward
+from progrpo.rewards.cache import CachedReward, stamp_of
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.mixture import component_from
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
@@ -60,6 +63,30 @@ def test_another_picture_prompt_column_or_reward_is_another_score(tmp_path):
     for i, (identity, picture, prompt) in enumerate(cases):
         CachedReward(paid, identity, tmp_path).score(picture, [prompt])
         assert len(paid.shown) == 2 + i
+
+
+def test_a_models_files_that_change_are_another_model(tmp_path):
+    folder, weights = tmp_path / "model", tmp_path / "model" / "unet" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    assert stamp_of(folder) == stamp_of(tmp_path / "nothing") == ""
+    weights.write_bytes(b"one")
+    os.utime(weights, ns=(0, 10**9))
+    first = stamp_of(folder)
+    assert first and first == stamp_of(folder)
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(0, 2 * 10**9))
+    assert len({first, stamp_of(folder), stamp_of(weights)}) == 3
+
+
+def test_a_local_model_that_was_trained_further_is_asked_again(tmp_path):
+    weights, rewards = tmp_path / "head.safetensors", []
+    term = RewardTerm("my:reward", model=str(weights), cache=str(tmp_path / "cache"))
+    for content in (b"one", b"one", b"other"):
+        if not weights.exists() or weights.read_bytes() != content:
+            weights.write_bytes(content)
+        rewards.append(Paid())
+        component_from(term, rewards[-1], 1).reward.score(PICTURES[:1], PROMPTS[:1])
+    assert [paid.shown for paid in rewards] == [["p0"], [], ["p0"]]
 
 
 def test_a_source_picture_is_told_by_its_pixels(tmp_path):

@@ -22,13 +22,21 @@ from progrpo.rewards.base import Refusal, Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
 
+def stamp_of(model: Path) -> str:
+    """A digest of the names, sizes and times of change of a model's files, which are not read; empty without files."""
+    files = sorted(path for path in (model.rglob("*") if model.is_dir() else [model]) if path.is_file())
+    stats = [(path.relative_to(model).as_posix(), path.stat()) for path in files]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12] if facts else ""
+
+
 class CachedReward(RewardWrapper):
     """A reward that scores only pictures and prompts without a stored score. Failures are not stored.
 
-    The key of a score is the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the
-    prompt, and its columns (of pictures in them the pixels, not a path). The file is `folder`/NAME.sqlite; several
-    processes may use it at once. Refusal where the file cannot be used, or where a column's value has no text of its
-    own.
+    The key of a score is the sha256 of the reward's `identity` (its name, model and version), the picture's pixels and
+    size, the prompt, and its columns (of pictures in them the pixels, not a path). The file is `folder`/NAME.sqlite;
+    several processes may use it at once. Refusal where the file cannot be used, or where a column's value has no text
+    of its own.
     """
 
     def __init__(self, reward: Reward, identity: str, folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from progrpo.messages import named
 from progrpo.rewards.base import Refusal, Reward, Score
-from progrpo.rewards.cache import CachedReward
+from progrpo.rewards.cache import CachedReward, stamp_of
 from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.retrying import RetryingReward
@@ -190,7 +190,9 @@ def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
     timeout = None if term.url or reward.waits_for_people else term.timeout
     reward = RetryingReward(reward, 0 if reward.waits_for_people else term.retries, timeout)
     if term.cache:
-        names = term.name, term.model, term.sha256, reward.version
+        is_local = term.model and not term.url and not term.names_model_of_server
+        version = reward.version or (stamp_of(Path(term.model).expanduser()) if is_local else "")
+        names = term.name, term.model, term.sha256, version
         reward = CachedReward(reward, " ".join(filter(None, names)), Path(term.cache))
     if not reward.video:
         reward = FrameAverageReward(reward, frames)
