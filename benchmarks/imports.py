@@ -20,7 +20,8 @@ from pathlib import Path
 
 from progrpo.imports.flow_factory.read import import_flow_factory
 from progrpo.imports.flow_grpo.read import import_flow_grpo
-from progrpo.imports.translation import STATUSES, Translation
+from progrpo.imports.outcome import STATUSES
+from progrpo.imports.translation import Translation
 from progrpo.imports.unirl.read import import_unirl
 from progrpo.imports.verl_omni.read import import_verl_omni
 

@@ -13,7 +13,7 @@ import yaml
 from progrpo.config import RewardTerm
 from progrpo.imports.flow_factory.read import import_flow_factory
 from progrpo.imports.flow_factory.rules import RULES
-from progrpo.imports.translation import STATUSES
+from progrpo.imports.outcome import STATUSES
 
 SETTINGS: dict[str, Any] = {
     "launcher": "accelerate",

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from progrpo.config import RewardTerm
+from progrpo.imports.files import flatten
 from progrpo.imports.flow_grpo.read import _bracketed, import_flow_grpo
 from progrpo.imports.flow_grpo.rules import RULES
-from progrpo.imports.python_settings import Unread, read_settings
-from progrpo.imports.translation import STATUSES, as_tables, flatten
+from progrpo.imports.outcome import STATUSES, Unread
+from progrpo.imports.python_settings import read_settings
+from progrpo.imports.translation import as_tables
 from progrpo.recipes import RECIPES
 
 BASE = """

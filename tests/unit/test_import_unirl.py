@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from progrpo.config import RewardTerm
-from progrpo.imports.translation import STATUSES, Setting
+from progrpo.imports.outcome import STATUSES, Setting
 from progrpo.imports.unirl.read import import_unirl
 from progrpo.imports.unirl.rules import RULES
 

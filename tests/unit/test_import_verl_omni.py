@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from progrpo.config import RewardTerm
-from progrpo.imports.translation import STATUSES, Setting
+from progrpo.imports.outcome import STATUSES, Setting
 from progrpo.imports.verl_omni.read import import_verl_omni
 from progrpo.imports.verl_omni.rules import RULES
 

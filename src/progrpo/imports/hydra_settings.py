@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from progrpo.imports.translation import Outcome, Row, flatten, read_bytes
+from progrpo.imports.files import flatten, read_bytes
+from progrpo.imports.outcome import Outcome, Row
 from progrpo.imports.yaml_settings import parse_yaml, read_yaml
 from progrpo.messages import named
 

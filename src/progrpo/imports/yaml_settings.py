@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from progrpo.imports.translation import MOST_SETTINGS, read_bytes
+from progrpo.imports.files import MOST_SETTINGS, read_bytes
 from progrpo.messages import named
 
 

@@ -6,15 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from progrpo.imports.translation import (
-    Outcome,
-    Setting,
-    counted_in,
-    lora_to_train_further,
-    no_equal,
-    not_needed,
-    to_fields,
-)
+from progrpo.imports.outcome import Outcome, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import lora_to_train_further
 from progrpo.messages import quoted
 
 _ATTENTION = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from progrpo.imports.files import flatten
 from progrpo.imports.flow_factory.defaults import DEFAULTS, DEFAULTS_BY_TRAINER, OLDER_NAMES, OPTIMIZER
 from progrpo.imports.flow_factory.rules import RULES
-from progrpo.imports.translation import Translation, flatten, translate
+from progrpo.imports.translation import Translation, translate
 from progrpo.imports.yaml_settings import read_yaml
 from progrpo.messages import named, quoted
 

@@ -6,17 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from progrpo.imports.translation import (
-    NearestReward,
-    Outcome,
-    Rule,
-    Setting,
-    counted_in,
-    no_equal,
-    not_needed,
-    reward_outcome,
-    to_fields,
-)
+from progrpo.imports.outcome import Outcome, Rule, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import NearestReward, reward_outcome
 from progrpo.messages import named
 
 _ONLY_OURS = ("imagereward", "aesthetic", "clipscore")

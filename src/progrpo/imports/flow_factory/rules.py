@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 from progrpo.imports.flow_factory import model, rewards, sampling, trainer
-from progrpo.imports.translation import (
-    UNIPC_LEVELS,
-    Rule,
-    ignored,
-    mixed_precision,
-    no_equal,
-    not_needed,
-    only_at,
-    to_choice,
-    to_field,
-    to_fields,
-)
+from progrpo.imports.outcome import Rule, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import UNIPC_LEVELS, ignored, mixed_precision, only_at, to_choice, to_field
 
 
 def _first_optimizer(rule: Rule) -> Rule:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from progrpo.imports.flow_factory.model import counts_guidance_from_0, takes_sources
 from progrpo.imports.flow_factory.trainer import is_offline, objective_of
-from progrpo.imports.translation import Outcome, Setting, counted_in, group_outcome, no_equal, not_needed, to_fields
+from progrpo.imports.outcome import Outcome, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import group_outcome
 from progrpo.messages import quoted
 
 

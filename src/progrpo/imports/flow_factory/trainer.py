@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from progrpo.imports.translation import Outcome, Rule, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.outcome import Outcome, Rule, Setting, counted_in, no_equal, not_needed, to_fields
 
 # The settings of the averages with which nft, awm and dgpo compare, at the values of ours.
 _AVERAGES: dict[str, dict[str, object]] = {

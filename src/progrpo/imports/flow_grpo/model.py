@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from progrpo.imports.flow_grpo.scripts import kind_of, last_part
-from progrpo.imports.translation import (
-    Outcome,
-    Setting,
-    counted_in,
-    lora_to_train_further,
-    no_equal,
-    not_needed,
-    to_fields,
-)
+from progrpo.imports.outcome import Outcome, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import lora_to_train_further
 from progrpo.messages import quoted
 
 _NO_POLICY = {"bagel": "BAGEL"}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from progrpo.imports.files import flatten
 from progrpo.imports.flow_grpo.rules import RULES
 from progrpo.imports.flow_grpo.scripts import ALGORITHM, OLDER_WINDOW, Script, fixed_by_scripts, model_kind
 from progrpo.imports.flow_grpo.trainer import ONLY_THESE
+from progrpo.imports.outcome import Row, Unread
 from progrpo.imports.python_settings import Reading, read_settings
-from progrpo.imports.translation import Row, Translation, Unread, flatten, translate
+from progrpo.imports.translation import Translation, translate
 from progrpo.messages import named
 
 _GPU_NAMES = ("gpu_number", "gpu_numbers", "gpu_num", "num_gpus", "n_gpus")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from progrpo.imports.translation import NearestReward, Outcome, Setting, reward_outcome
+from progrpo.imports.outcome import Outcome, Setting
+from progrpo.imports.shared_rules import NearestReward, reward_outcome
 
 REWARDS = {
     "pickscore": NearestReward("pickscore"),

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from progrpo.imports.flow_grpo import model, rewards, sampling, trainer
 from progrpo.imports.flow_grpo.scripts import ALGORITHM, OLDER_WINDOW, is_dpo, kind_of
-from progrpo.imports.translation import (
-    UNIPC_LEVELS,
-    Rule,
-    ignored,
-    mixed_precision,
-    no_equal,
-    not_needed,
-    only_at,
-    part_of,
-    to_choice,
-    to_field,
-    to_fields,
-)
+from progrpo.imports.outcome import Rule, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import UNIPC_LEVELS, ignored, mixed_precision, only_at, part_of, to_choice, to_field
 
 
 def _unless_wan(rule: Rule) -> Rule:

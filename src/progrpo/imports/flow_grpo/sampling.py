@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from progrpo.imports.flow_grpo.scripts import OLDER_WINDOW, is_dpo, is_flux, kind_of, reads_windows
-from progrpo.imports.translation import Outcome, Setting, group_outcome, no_equal, not_needed, to_fields
+from progrpo.imports.outcome import Outcome, Setting, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import group_outcome
 
 REPEATS = "sample.sample_time_per_prompt"
 

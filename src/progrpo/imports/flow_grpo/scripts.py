@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from progrpo.imports.translation import Setting
+from progrpo.imports.outcome import Setting
 from progrpo.recipes import flux_pickscore, sd35m_pickscore
 
 Script = Literal["auto", "plain", "fast", "guard"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from progrpo.imports.flow_grpo.sampling import batches_trained, updates
 from progrpo.imports.flow_grpo.scripts import ALGORITHM, is_dpo, kind_of, reads_windows
-from progrpo.imports.translation import Outcome, Setting, no_equal, not_needed, to_fields
+from progrpo.imports.outcome import Outcome, Setting, no_equal, not_needed, to_fields
 from progrpo.messages import quoted
 
 ONLY_THESE = (

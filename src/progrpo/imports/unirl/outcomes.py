@@ -5,15 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from progrpo.imports.translation import (
-    Outcome,
-    Rule,
-    Setting,
-    counted_in,
-    no_equal,
-    not_needed,
-    to_fields,
-)
+from progrpo.imports.outcome import Outcome, Rule, Setting, counted_in, no_equal, not_needed, to_fields
 from progrpo.messages import quoted
 
 ALGORITHMS = {"FlowGRPO": "grpo", "DiffusionNFT": "nft"}

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from progrpo.imports.hydra_settings import read_hydra
-from progrpo.imports.translation import Rule, Translation, translate, with_prefixes
+from progrpo.imports.outcome import Rule
+from progrpo.imports.translation import Translation, translate, with_prefixes
 from progrpo.imports.unirl.outcomes import ALGORITHMS
 from progrpo.imports.unirl.rules import PREFIXES, RULES
 from progrpo.messages import named, quoted

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from progrpo.imports.translation import NearestReward, Outcome, Setting, no_equal, not_needed, reward_outcome, to_fields
+from progrpo.imports.outcome import Outcome, Setting, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import NearestReward, reward_outcome
 from progrpo.messages import quoted
 
 _FIRST_FRAME = "there a video's first frame is scored, here every frame"

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from progrpo.imports.translation import (
-    Rule,
-    counted_in,
-    ignored,
-    no_equal,
-    not_needed,
-    only_at,
-    to_choice,
-    to_field,
-    to_fields,
-)
+from progrpo.imports.outcome import Rule, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import ignored, only_at, to_choice, to_field
 from progrpo.imports.unirl import outcomes, rewards
 
 _LORA: dict[str, Rule] = {

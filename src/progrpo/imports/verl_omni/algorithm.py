@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from progrpo.imports.translation import Outcome, Rule, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.outcome import Outcome, Rule, Setting, counted_in, no_equal, not_needed, to_fields
 
 ALGORITHM = "actor_rollout_ref.model.algorithm"
 LOSS = "actor_rollout_ref.actor.diffusion_loss.loss_mode"

@@ -9,11 +9,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from progrpo.imports.files import flatten
 from progrpo.imports.hydra_settings import HydraReading, override_value, read_hydra, resolve
+from progrpo.imports.outcome import Row
+from progrpo.imports.shared_rules import ignored
 from progrpo.imports.shell_settings import read_script
-from progrpo.imports.translation import Row, Translation, flatten, ignored, translate, with_prefixes
+from progrpo.imports.translation import Translation, translate, with_prefixes
 from progrpo.imports.verl_omni.algorithm import ALGORITHM, ALGORITHMS, LOSS
-from progrpo.imports.verl_omni.rules import PREFIXES, RULES
+from progrpo.imports.verl_omni.prefixes import PREFIXES
+from progrpo.imports.verl_omni.rules import RULES
 from progrpo.messages import named, quoted
 
 _ROOT = "actor_rollout_ref"

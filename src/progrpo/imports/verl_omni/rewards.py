@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import re
 
-from progrpo.imports.translation import (
-    NearestReward,
-    Outcome,
-    Setting,
-    counted_in,
-    no_equal,
-    not_needed,
-    reward_outcome,
-)
+from progrpo.imports.outcome import Outcome, Setting, counted_in, no_equal, not_needed
+from progrpo.imports.shared_rules import NearestReward, reward_outcome
 
 _ONE = "reward.custom_reward_function"
 _SEVERAL = "reward.reward_functions["

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-from progrpo.imports.translation import Outcome, Setting, counted_in, group_outcome, no_equal, not_needed, to_fields
+from progrpo.imports.outcome import Outcome, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.shared_rules import group_outcome
 from progrpo.imports.verl_omni.algorithm import is_offline, objective_of
 from progrpo.messages import quoted
 

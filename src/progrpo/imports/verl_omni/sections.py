@@ -1,0 +1,10 @@
+"""The names of verl-omni's sections, with the dot after them."""
+
+MODEL = "actor_rollout_ref.model."
+ACTOR = "actor_rollout_ref.actor."
+OPTIM = f"{ACTOR}optim."
+DIFFUSION_LOSS = f"{ACTOR}diffusion_loss."
+ROLLOUT = "actor_rollout_ref.rollout."
+PIPELINE = f"{ROLLOUT}pipeline."
+ALGO = f"{ROLLOUT}algo."
+VALIDATION = f"{ROLLOUT}val_kwargs."
