@@ -89,43 +89,41 @@ FORMER: Changes = {
     "eval": {"every": 10},
     "checkpoint": {"every": 10},
 }
-# Audits as often as a plan is judged well, where the plan may follow them and where it may not
-QUICKSTART = changed(changed(to_dict(load_recipe("quickstart")), FORMER), {"audit": {"every": 5}})
-# A third of today's, without audits
-SIX = changed(to_dict(load_recipe("quickstart")), {"iterations": 75, "audit": {"every": 0}})
 TODAY = to_dict(load_recipe("quickstart"))
+# The quickstart of 30 November 2026, with each group's own deviation
+GROUPS = changed(
+    TODAY,
+    {
+        "iterations": 150,
+        "objective": {"advantage": "group", "dgpo": {"dpo_beta": 100.0, "time_fraction": 0.6}},
+        "eval": {"every": 50},
+    },
+)
+# A half of its updates, without audits
+SIX = changed(GROUPS, {"iterations": 75, "audit": {"every": 0}})
+# Audits as often as a plan is judged well, where the plan may follow them and where it may not
+QUICKSTART = changed(changed(GROUPS, FORMER), {"audit": {"every": 5}})
 SMALL = changed(QUICKSTART, {"iterations": 230, "prompts": {"per_iteration": 6}, "audit": {"every": 0}})
 # The recipe of the diffusion model, and what was tried beside it
 UNET = to_dict(load_recipe("shapes-diffusion"))
 
 TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
-    "quickstart, one draw": changed(TODAY, {"objective": {"dgpo": {"draws": 1}}}),
-    "quickstart, half the weight for negatives": changed(TODAY, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
-    "quickstart, lr 3e-4": changed(TODAY, {"optim": {"lr": 3e-4}}),
-    "quickstart, lr 3e-4, longer average": changed(TODAY, {"optim": {"lr": 3e-4, "ema_decay": 0.97}}),
-    "quickstart, strict reward": changed(TODAY, rewarded("shapes_strict")),
-    "quickstart, 4 prompts": changed(TODAY, {"iterations": 225, "prompts": {"per_iteration": 4}}),
-    "quickstart, later levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.8}}}),
-    "quickstart, early levels": changed(TODAY, {"objective": {"dgpo": {"time_fraction": 0.4}}}),
-    "quickstart, 4 steps": changed(TODAY, {"iterations": 170, "sampling": {"num_inference_steps": 4}}),
+    "quickstart, own deviations": GROUPS,
+    "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),
+    "quickstart, half the weight for negatives": changed(GROUPS, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
+    "quickstart, lr 3e-4": changed(GROUPS, {"optim": {"lr": 3e-4}}),
+    "quickstart, later levels": changed(GROUPS, {"objective": {"dgpo": {"time_fraction": 0.8}}}),
+    "quickstart, early levels": changed(GROUPS, {"objective": {"dgpo": {"time_fraction": 0.4}}}),
     # whole groups are stopped: those whose previews' scores differ least
     "quickstart, 6 of 10 prompts": changed(
-        TODAY, {"prompts": {"per_iteration": 10}, "plan": {"prune": [[2, 12]], "keep_groups": 6}}
+        GROUPS, {"prompts": {"per_iteration": 10}, "plan": {"prune": [[2, 12]], "keep_groups": 6}}
     ),
-    "quickstart, batch std": changed(TODAY, {"objective": {"advantage": "batch"}}),
-    "quickstart, signal": changed(TODAY, {"prompts": {"order": "signal"}}),
-    "quickstart, kl_beta 0.003": changed(TODAY, {"objective": {"dgpo": {"kl_beta": 0.003}}}),
-    "quickstart, dpo_beta 30": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
-    "quickstart, dpo_beta 10": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 10.0}}}),
-    # what was ahead, together
-    "quickstart, together": changed(
-        TODAY,
-        {"iterations": 220, "objective": {"advantage": "batch", "dgpo": {"dpo_beta": 50.0, "time_fraction": 0.5}}},
-    ),
-    "quickstart, 220 iterations": changed(TODAY, {"iterations": 220}),
-    "quickstart, 9 prompts of 8": changed(TODAY, {"prompts": {"per_iteration": 9}, "plan": {"group_size": 8}}),
-    "quickstart, dpo_beta 50": changed(TODAY, {"objective": {"dgpo": {"dpo_beta": 50.0}}}),
+    "quickstart, batch std": changed(GROUPS, {"objective": {"advantage": "batch"}}),
+    "quickstart, signal": changed(GROUPS, {"prompts": {"order": "signal"}}),
+    "quickstart, dpo_beta 30": changed(GROUPS, {"objective": {"dgpo": {"dpo_beta": 30.0}}}),
+    "quickstart, dpo_beta 10": changed(GROUPS, {"objective": {"dgpo": {"dpo_beta": 10.0}}}),
+    "quickstart, 220 iterations": changed(GROUPS, {"iterations": 220}),
     "quickstart audited": QUICKSTART,
     # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
@@ -192,8 +190,8 @@ TRIALS: dict[str, Changes] = {
     "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
     "unet": UNET,
     # the quickstart's small plain groups, for as much work
-    "unet small": changed(TODAY, {"iterations": 110, "model": {"path": "shapes-diffusion"}, "optim": {"lr": 1e-4}}),
-    "unet small, lr 2e-4": changed(TODAY, {"iterations": 110, "model": {"path": "shapes-diffusion"}}),
+    "unet small": changed(GROUPS, {"iterations": 110, "model": {"path": "shapes-diffusion"}, "optim": {"lr": 1e-4}}),
+    "unet small, lr 2e-4": changed(GROUPS, {"iterations": 110, "model": {"path": "shapes-diffusion"}}),
     "unet 80 iterations": changed(UNET, {"iterations": 80}),
     "unet lr 4e-5": changed(UNET, {"optim": {"lr": 4e-5}}),
     "unet nft": changed(UNET, {"objective": {"name": "nft"}}),
