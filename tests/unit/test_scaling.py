@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from progrpo.config import OptimSettings, PlanSettings, PromptSettings, SamplingSettings
+from progrpo.config import OptimSettings, PlanSettings, PromptSettings, SamplingSettings, prompt_cost
 from progrpo.recipes import load_recipe
-from progrpo.training.plan_judge import prompt_cost
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
