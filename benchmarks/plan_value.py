@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, ModelSettings
+from progrpo.config import Config, ModelSettings, prompt_cost
 from progrpo.objectives.advantage import advantages, group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.objectives.dgpo import DGPO
@@ -56,7 +56,6 @@ from progrpo.tracking.statistics import spearman, standardised
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import with_measured_microbatches
-from progrpo.training.plan_judge import prompt_cost
 from progrpo.training.trainer import Trainer
 from progrpo.training.update import half_of_each
 from progrpo.types import Prompt, Trajectories

@@ -58,15 +58,18 @@ _ITERATIONS = 4
 
 
 @dataclass(frozen=True)
-class Units:
-    """The seconds on one process.
+class Model:
+    """A model as one process has it.
 
-    They are of a network call and of a forward and backward pass by rows, and of a picture decoded and scored.
+    `call` and `train` are the seconds of a network call and of a forward and backward pass by rows, `picture` those to
+    decode and score a picture. `trained` is the number of trained parameters, `latent` that of values in a latent.
     """
 
     call: Callable[[int], float]
     train: Callable[[int], float]
     picture: float
+    trained: int
+    latent: int
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,7 @@ class Network:
 
 
 def seconds(
-    config: Config,
-    processes: int,
-    split: bool,
-    units: Units,
-    trained: int,
-    latent: int,
-    messages: Messages,
-    net: Network,
+    config: Config, processes: int, split: bool, model: Model, messages: Messages, net: Network
 ) -> dict[str, float]:
     """The seconds of an iteration by part, on the process that has most to do."""
     plan, prompts, world = resolve_plan(config), config.prompts.per_iteration, processes
@@ -135,19 +131,19 @@ def seconds(
     )
     pair = 2 if config.sampling.in_pairs else 1
     steps = config.sampling.num_inference_steps
-    sample = sum(called_evenly(own(plan.living_at(step)), called, pair, units.call) for step in range(steps))
+    sample = sum(called_evenly(own(plan.living_at(step)), called, pair, model.call) for step in range(steps))
     pictures = sum(own(plan.living_at(point.step)) for point in plan.active_points()) + own(plan.finalists)
     items = -(-own(plan.survivors) * trained_items(config) // updates)
     parts = -(-items // learnt)
-    update = updates * parts * units.train(-(-items // parts))
-    moving = moved(config, plan, world, latent, net) if split and world > 1 else 0.0
+    update = updates * parts * model.train(-(-items // parts))
+    moving = moved(config, plan, world, model.latent, net) if split and world > 1 else 0.0
     sums = 2 if config.optim.measures_noise_scale and prompts > 1 else 1  # of gradients: of each half of the prompts
-    collectives = updates * sums * net.sum(4 * trained, world) + messages.sums * net.sum(8, world)
+    collectives = updates * sums * net.sum(4 * model.trained, world) + messages.sums * net.sum(8, world)
     rows = own(plan.finalists)
     objects = net.gather(messages.fixed + rows * messages.per_row, world)
     objects += (messages.gathers - 1) * net.gather(0, world)
     unpickling = messages.unpickling * world if world > 1 else 0.0
-    by_part = {"sample": sample, "pictures": pictures * units.picture, "update": update, "gradients": collectives}
+    by_part = {"sample": sample, "pictures": pictures * model.picture, "update": update, "gradients": collectives}
     return by_part | {"objects": objects + unpickling, "survivors that move": moving}
 
 
@@ -177,23 +173,24 @@ def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> 
 # --- where the numbers come from ------------------------------------------------------------------------------------
 
 
-def on_paper(config: Config, gpu: str, share: float, least: float) -> tuple[Units, int, int]:
-    """The units, trained parameters and numbers of a latent, from the model's own code."""
+def on_paper(config: Config, gpu: str, share: float, least: float) -> Model:
+    """The model, calculated from its own code."""
     model_sizes, rate = sizes_for(config), GPUS[gpu].peak * 1e12 * share
     plan = resolve_plan(config)
     per_item = flops_by_stage(config, plan, model_sizes)["update"] / (
         config.prompts.per_iteration * plan.survivors * trained_items(config)
     )
-    units = Units(
+    return Model(
         call=lambda rows: max(least, rows * model_sizes.call_flops / rate),
         train=lambda rows: max(3 * least, rows * per_item / rate),
         picture=model_sizes.decode_flops / rate,
+        trained=model_sizes.trained,
+        latent=model_sizes.latent,
     )
-    return units, model_sizes.trained, model_sizes.latent
 
 
-def measured_here(config: Config) -> tuple[Units, int, int]:
-    """The same, timed on this device for 1, 2, 4 ... rows and interpolated between them."""
+def measured_here(config: Config) -> Model:
+    """The model, timed on this device for 1, 2, 4 ... rows and interpolated between them."""
     ranks = Ranks()
     policy = policy_from(config.model, policy_context(config, ranks))
     order, reward = train_order(config.prompts, config.seed), load_mixture(config.reward.terms, config.reward.frames)
@@ -202,9 +199,13 @@ def measured_here(config: Config) -> tuple[Units, int, int]:
     unit = bare.measure()
     call = by_rows(bare._sample, config.sampling.rows_per_call)
     train = by_rows(bare._train, config.optim.items_per_pass)
-    latent = math.prod(policy.latent_shape)
-    trained = sum(p.numel() for p in policy.trainable.values())
-    return Units(lambda rows: call(rows / pair), train, unit["decode"] + unit["reward"]), trained, latent
+    return Model(
+        call=lambda rows: call(rows / pair),
+        train=train,
+        picture=unit["decode"] + unit["reward"],
+        trained=sum(p.numel() for p in policy.trainable.values()),
+        latent=math.prod(policy.latent_shape),
+    )
 
 
 def by_rows(work: Callable[[int], object], most: int) -> Callable[[float], float]:
@@ -275,16 +276,16 @@ def counted(config: Config, split: bool) -> Messages:
 
 def table(config: Config, options: argparse.Namespace, processes: list[int]) -> dict[int, dict[str, Any]]:
     if options.measure:
-        units, trained, latent = measured_here(config)
+        model = measured_here(config)
     else:
-        units, trained, latent = on_paper(config, options.gpu, options.share_of_peak, options.least_ms / 1000)
+        model = on_paper(config, options.gpu, options.share_of_peak, options.least_ms / 1000)
     net = Network(options.per_node, options.inside_gbs, options.between_gbs, options.latency_us / 1e6)
     may_split = config.objective.name == "grpo"
     messages = {split: counted(config, split) for split in ({False, may_split} if max(processes) > 1 else {False})}
     results: dict[int, dict[str, Any]] = {}
     for world in processes:
         ways = {
-            split: seconds(config, world, split, units, trained, latent, messages[split], net)
+            split: seconds(config, world, split, model, messages[split], net)
             for split in messages
             if split or world <= config.prompts.per_iteration
         }

@@ -36,7 +36,7 @@ from progrpo.settings import (
 )
 from progrpo.tracking.settings import TrackingSettings
 from progrpo.training.settings import AuditSettings, CheckpointSettings, EvalSettings, OptimSettings, WatchSettings
-from progrpo.types import FROM_PYTHON
+from progrpo.types import FROM_PYTHON, Cost
 
 __all__ = [
     "AWMSettings",
@@ -393,9 +393,17 @@ def shared_calls(config: Config, iteration: int) -> int:
     return first if config.optim.reuse_rollout else first + 1
 
 
-def nfe_shared(config: Config, group_size: int, iteration: int) -> int:
-    """NFE that a group saves in a zero-based iteration by network calls that are made once for all its members."""
-    return shared_calls(config, iteration) * (group_size - 1) * (2 if config.sampling.in_pairs else 1)
+def prompt_cost(
+    config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), prompts: int = 1, iteration: int = 0
+) -> Cost:
+    """The cost of a plan for one prompt of the run, or for so many of a zero-based iteration.
+
+    Network calls that are made once for all members of a group are counted once.
+    """
+    steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
+    cost = plan.predict(steps, trained_items(config), pairs, config.preview.steps_to_picture, probed_steps, prompts)
+    saved = shared_calls(config, iteration) * (plan.group_size - 1) * (2 if pairs else 1)
+    return replace(cost, nfe=cost.nfe - saved * prompts)
 
 
 def plan_costs(config: Config, plan: Plan) -> PlanCosts:
@@ -404,21 +412,8 @@ def plan_costs(config: Config, plan: Plan) -> PlanCosts:
     Where the calls that a group shares differ between iterations, they are those of the first one.
     """
     sampling, prompts = config.sampling, config.prompts.per_iteration
-    steps_to_picture = config.preview.steps_to_picture
-    costs = summary(
-        plan, sampling.num_inference_steps, trained_items(config), sampling.in_pairs, steps_to_picture, prompts
-    )
-    shared = nfe_shared(config, plan.group_size, 0)
-    if not shared:
-        return costs
-    nfe = costs["nfe_per_iteration"] - shared * prompts
-    return {
-        **costs,
-        "nfe_per_prompt": costs["nfe_per_prompt"] - shared,
-        "nfe_per_iteration": nfe,
-        "nfe_saved": 1 - nfe / (costs["nfe_full_group"] * prompts),
-        "nfe_ratio_to_none": costs["nfe_ratio_to_none"] * nfe / costs["nfe_per_iteration"],
-    }
+    of_one, of_all = prompt_cost(config, plan), prompt_cost(config, plan, prompts=prompts)
+    return summary(plan, sampling.num_inference_steps, sampling.in_pairs, of_one, of_all, prompts)
 
 
 def trained_items(config: Config) -> int:

@@ -18,15 +18,14 @@ from progrpo.config import (
     config_from_json,
     config_to_json,
     from_dict,
+    plan_costs,
     resolve_plan,
     to_dict,
-    trained_items,
 )
 from progrpo.imports.flow_factory.read import import_flow_factory
 from progrpo.imports.flow_grpo.read import import_flow_grpo
 from progrpo.recipes import RECIPES, load_recipe
 from progrpo.rewards.settings import REWARDS, RewardTerm
-from progrpo.rollout.plan import summary
 from progrpo.settings import field_paths
 from tests.mutation.cases import DEEP, FIELDS, JUNK, WORDS, Case, damaged, mutate
 
@@ -59,8 +58,7 @@ def use(config: Config) -> None:
     assert config_from_json(config_to_json(config)) == from_dict(to_dict(config)), (
         "an accepted configuration survives JSON"
     )
-    steps, guided = config.sampling.num_inference_steps, config.sampling.guidance_scale > 1
-    summary(resolve_plan(config), steps, trained_items(config), guided, config.preview.steps_to_picture)
+    plan_costs(config, resolve_plan(config))
 
 
 def recipe_case(rng: random.Random, work: Path) -> Case:

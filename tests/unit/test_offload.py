@@ -11,8 +11,8 @@ import torch
 from diffusers import VQModel
 from torch import nn
 
+from progrpo.policies.decoding import tile_side
 from progrpo.policies.load import policy_from_pipeline
-from progrpo.policies.prepare import tile_side
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sizes import sizes
 from progrpo.rewards.function import FunctionReward

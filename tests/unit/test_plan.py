@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, preset, summary, unit_costs
+from progrpo.rollout.plan import PRESETS, Plan, PlanCosts, PrunePoint, preset, summary, unit_costs
 from progrpo.types import Cost
 
 STANDARD = Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12)))
@@ -20,6 +20,12 @@ def run(plan: Plan, num_inference_steps: int, trained_steps: int) -> tuple[Cost,
             decodes, living = decodes + living, keeps[step]
     trained = (plan.final_keep or living) * trained_steps
     return Cost(nfe, decodes + living, decodes + living, trained, previews=decodes), path
+
+
+def summarised(plan: Plan, guidance: bool, ode_steps: int = 1, prompts: int = 1) -> PlanCosts:
+    """The summary of a plan for 10 steps of which 9 are trained."""
+    of_one, of_all = (plan.predict(10, 9, guidance, ode_steps, prompts=count) for count in (1, prompts))
+    return summary(plan, 10, guidance, of_one, of_all, prompts)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_the_last_useful_step_is_allowed():
 
 
 def test_summary():
-    report = json.loads(json.dumps(summary(STANDARD, 10, 9, guidance=True)))
+    report = json.loads(json.dumps(summarised(STANDARD, guidance=True)))
     assert report == {
         "group_size": 48,
         "survivors": 12,
@@ -202,14 +208,14 @@ def test_summary():
     ("name", "path", "saved"), [("none", [24], 0.0), ("posthoc", [24, 12], 0.0), ("flash", [24, 16, 12], 1 / 6)]
 )
 def test_summary_of_other_presets(name, path, saved):
-    report = summary(preset(name, 10), 10, 9, guidance=False)
+    report = summarised(preset(name, 10), guidance=False)
     assert report["path"] == path
     assert report["nfe_saved"] == pytest.approx(saved)
 
 
 def test_summary_where_groups_stop():
     plan = replace(STANDARD, keep_groups=4)
-    report = summary(plan, 10, 9, guidance=True, prompts=12)
+    report = summarised(plan, guidance=True, prompts=12)
     assert (report["path"], report["groups"]) == ([48, 24, 12], [12, 4])
     assert report["nfe_per_prompt"] == 720  # of one that goes on
     assert report["nfe_per_iteration"] == 2 * (12 * 48 * 6 + 4 * (24 * 2 + 12 * 2))
@@ -220,7 +226,7 @@ def test_summary_where_groups_stop():
 
 
 def test_a_latent_reward_head_decodes_finalists_alone():
-    report = summary(STANDARD, 10, 9, guidance=True, ode_steps=0)
+    report = summarised(STANDARD, guidance=True, ode_steps=0)
     assert report["decodes_per_prompt"] == report["reward_calls_per_prompt"] == 12
-    assert report["nfe_per_prompt"] == summary(STANDARD, 10, 9, guidance=True)["nfe_per_prompt"]
+    assert report["nfe_per_prompt"] == summarised(STANDARD, guidance=True)["nfe_per_prompt"]
     assert STANDARD.predict(10, 9, guidance=True, ode_steps=0).probed == 48 + 24

@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
+from progrpo.config import (
+    Config,
+    GRPOSettings,
+    ObjectiveSettings,
+    PlanSettings,
+    PreviewSettings,
+    SamplingSettings,
+    prompt_cost,
+)
 from progrpo.rollout import plan_value
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
 from progrpo.rollout.prune import Selection
 from progrpo.storage import load_state, save_state
-from progrpo.training.plan_judge import JudgeState, PlanJudge, Verdict, plan_from, prompt_cost
+from progrpo.training.plan_judge import JudgeState, PlanJudge, Verdict, plan_from
 from progrpo.types import Cost
 from tests.support.grids import SELECTORS
 

@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
-from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_items
+from progrpo.config import (
+    Config,
+    check,
+    config_from_json,
+    config_to_json,
+    plan_costs,
+    prompt_cost,
+    resolve_plan,
+)
 from progrpo.recipes import RECIPES, describe, load_recipe
-from progrpo.rollout.plan import summary
 from progrpo.training.estimate import estimate
-from progrpo.training.plan_judge import prompt_cost
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -20,8 +26,7 @@ def test_every_recipe_is_parsed_checked_and_planned(name):
     check(config)
     assert config.recipe == name
     assert config_from_json(config_to_json(config)) == config
-    steps = config.sampling.num_inference_steps
-    costs = summary(resolve_plan(config), steps, trained_items(config), config.sampling.in_pairs)
+    costs = plan_costs(config, resolve_plan(config))
     assert 0 < costs["nfe_per_prompt"] <= costs["nfe_full_group"]
 
 
@@ -40,7 +45,7 @@ def test_embedded_guidance_costs_one_call():
 def test_a_videos_clip_range_is_given_and_not_scaled_down_by_its_size():
     config = load_recipe("wan-pickscore")
     assert config.objective.grpo.clip_range == 1e-4 and config.model.frames == 33
-    assert summary(resolve_plan(config), 20, trained_items(config), True)["nfe_per_prompt"] == 2 * (16 * 12 + 8 * 8)
+    assert prompt_cost(config, resolve_plan(config)).nfe == 2 * (16 * 12 + 8 * 8)
 
 
 def test_tasks_of_sd35m_differ_in_reward_prompts_and_kl_alone():

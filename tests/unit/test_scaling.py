@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from progrpo.config import OptimSettings, PlanSettings, PromptSettings, SamplingSettings
+from progrpo.config import OptimSettings, PlanSettings, PromptSettings, SamplingSettings, prompt_cost
 from progrpo.recipes import load_recipe
-from progrpo.training.plan_judge import prompt_cost
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -41,10 +40,10 @@ CALL, TRAIN, PICTURE = 0.5, 2.0, 0.25
 
 
 def reckoned(scaling, config, processes, split, net=None):
-    units = scaling.Units(lambda rows: CALL * rows, lambda rows: TRAIN * rows, PICTURE)
+    model = scaling.Model(lambda rows: CALL * rows, lambda rows: TRAIN * rows, PICTURE, trained=100, latent=64)
     silent = scaling.Network(per_node=8, inside=1e30, between=1e30, latency=0.0)
     told = scaling.Messages(sums=3, gathers=2, fixed=1000, per_row=10, unpickling=0.0)
-    return scaling.seconds(config, processes, split, units, 100, 64, told, net or silent)
+    return scaling.seconds(config, processes, split, model, told, net or silent)
 
 
 def test_one_process_takes_what_the_plan_counts(scaling, config):

@@ -1,4 +1,4 @@
-"""Decoding: latents become pictures, by the model's autoencoder or by a tiny one for previews."""
+"""Decoding: latents become pictures, by the model's autoencoder, whole or in parts, or by a tiny one for previews."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ModelMixin
 from torch import Tensor
 
 from progrpo.messages import named
 from progrpo.policies.base import PolicyContext
+from progrpo.policies.family import ModelFamily
 from progrpo.policies.finite import is_finite
+from progrpo.policies.geometry import Geometry
 from progrpo.policies.hub import reason_of
 from progrpo.policies.networks import load_network
 from progrpo.types import Pictures
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
+_LARGEST_TILE = 512  # pixels
+_TILE_MULTIPLE = 4  # latents
 
 
 class PictureDecoder:
@@ -65,6 +69,37 @@ def fault_of(component: str, dtype: torch.dtype) -> str:
         f"the {component} gave no finite numbers (in {kept}); look at what was loaded and at what was trained"
         " (optim.lr)"
     )
+
+
+def slice_decoding(family: ModelFamily, geometry: Geometry) -> None:
+    """Have the autoencoder decode one picture at a time, or one tile, where memory asks for it."""
+    vae, decoding = family.pipeline.vae, family.settings.decoding
+    try:
+        if decoding != "whole" or geometry.default_frames is not None:  # a video takes a batch of pictures' memory
+            vae.enable_slicing()
+        if decoding == "tiled":
+            vae.enable_tiling()
+    except NotImplementedError:
+        raise ValueError(
+            f"model.decoding: the {type(vae).__name__} of this model cannot decode {decoding}; take whole"
+        ) from None
+
+
+def tile_decoding(family: ModelFamily, geometry: Geometry) -> None:
+    """Have tiles of a size that the model's pictures are cut by, for an autoencoder of pictures."""
+    vae, decoding = family.pipeline.vae, family.settings.decoding
+    if decoding == "tiled" and isinstance(vae, AutoencoderKL | AutoencoderKLFlux2):
+        side = tile_side(min(family.latent_shape[-2:]), geometry.pixels_per_latent)
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * geometry.pixels_per_latent
+
+
+def tile_side(shorter: int, pixels_per_latent: int) -> int:
+    """The side of a tile in latents: half of a picture's shorter side, 512 pixels at most.
+
+    An autoencoder's own tile is as large as the pictures that it was trained on, 1024 pixels for SD 3 and FLUX, so that
+    it never decodes such pictures in tiles. Tiles overlap by a quarter of their side, which is a whole number here.
+    """
+    return max(_TILE_MULTIPLE, min(shorter // 2, _LARGEST_TILE // pixels_per_latent) // _TILE_MULTIPLE * _TILE_MULTIPLE)
 
 
 def load_tiny_decoder(vae: ModelMixin, channels: int, context: PolicyContext) -> AutoencoderTiny:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from progrpo.policies.family import NEGATIVE, ModelFamily
 from progrpo.policies.invariance import is_batch_invariant
+from progrpo.policies.low_precision import is_low_precision_on_cpu
 from progrpo.policies.sharded import PeerCalls
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition
@@ -126,12 +127,3 @@ class DenoiserCall:
         """One row of a condition of these shapes."""
         dtype, device = self._family.dtype, self._family.device
         return {name: torch.ones(1, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-
-
-def is_low_precision_on_cpu(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a model runs in low precision on a CPU, where some of what torch and diffusers have is slow.
-
-    Torch's fused attention has a gradient slower than the whole rest there. Torch's products without it are in float32
-    and take two to three times as long as products in the dtype itself.
-    """
-    return dtype != torch.float32 and device.type == "cpu"

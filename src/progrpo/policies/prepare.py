@@ -11,8 +11,7 @@ from fnmatch import fnmatchcase
 from weakref import WeakSet
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, ModelMixin
-from diffusers.models.activations import GELU
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,21 +19,19 @@ from torch import nn
 
 from progrpo.policies.attention import set_attention_backend
 from progrpo.policies.base import PolicyContext
-from progrpo.policies.decoder import optimize_for_cpu
-from progrpo.policies.denoiser_call import is_low_precision_on_cpu
+from progrpo.policies.decoding import slice_decoding, tile_decoding
 from progrpo.policies.family import ModelFamily
 from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.finite import require_finite
 from progrpo.policies.geometry import Geometry
 from progrpo.policies.handover import take_over
 from progrpo.policies.lora import add_lora, continue_lora, in_float32, magnitudes
+from progrpo.policies.low_precision import adapt_to_cpu
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sharded import blocks, share_out
 from progrpo.settings import Values
 
-_LARGEST_TILE = 512  # pixels
-_TILE_MULTIPLE = 4  # latents
 _TAKEN: WeakSet[DiffusionPipeline] = WeakSet()  # whose denoisers have what a policy trains
 
 
@@ -80,16 +77,16 @@ def prepare(
     _add_fresh_lora(family)
     for module in _networks(pipeline):
         module.eval()
-    _slice_decoding(family, geometry)
+    slice_decoding(family, geometry)
     family.learn()
     if shared:
         _share(family)
     _TAKEN.add(pipeline)
-    _optimize_for_cpu(family)
+    adapt_to_cpu(family)
     if settings.attention != "default":
         for denoiser in family.denoisers.values():
             set_attention_backend(denoiser, settings.attention)
-    _tile_decoding(family, geometry)
+    tile_decoding(family, geometry)
     _order_memory(family)
     return Prepared(family, fingerprints, ignored, shared, _compile(family))
 
@@ -249,57 +246,7 @@ def _share(family: ModelFamily) -> None:
     share_out(family.denoiser, family.device, replicated=trained if family.settings.weights == "lora" else [])
 
 
-# --- what makes it faster or smaller ----------------------------------------------------------------------------------
-
-
-def _optimize_for_cpu(family: ModelFamily) -> None:
-    if is_low_precision_on_cpu(family.dtype, family.device):
-        optimize_for_cpu(family.pipeline.vae)
-        for denoiser in family.denoisers.values():
-            if family.plain_attention is not None:
-                denoiser.set_attn_processor(family.plain_attention())
-            _take_exact_gelu(denoiser)
-
-
-def _take_exact_gelu(denoiser: ModelMixin) -> None:
-    """Replace GELU's approximation by tanh with GELU itself, which takes a fifth of the time in bfloat16.
-
-    They differ by 5e-4 at most. In the output of the built-in flow model that is a thirtieth of bfloat16's rounding.
-    """
-    for layer in denoiser.modules():
-        if isinstance(layer, GELU | nn.GELU) and layer.approximate == "tanh":
-            layer.approximate = "none"
-
-
-def _slice_decoding(family: ModelFamily, geometry: Geometry) -> None:
-    """Have the autoencoder decode one picture at a time, or one tile, where memory asks for it."""
-    vae, decoding = family.pipeline.vae, family.settings.decoding
-    try:
-        if decoding != "whole" or geometry.default_frames is not None:  # a video takes a batch of pictures' memory
-            vae.enable_slicing()
-        if decoding == "tiled":
-            vae.enable_tiling()
-    except NotImplementedError:
-        raise ValueError(
-            f"model.decoding: the {type(vae).__name__} of this model cannot decode {decoding}; take whole"
-        ) from None
-
-
-def _tile_decoding(family: ModelFamily, geometry: Geometry) -> None:
-    """Have tiles of a size that the model's pictures are cut by, for an autoencoder of pictures."""
-    vae, decoding = family.pipeline.vae, family.settings.decoding
-    if decoding == "tiled" and isinstance(vae, AutoencoderKL | AutoencoderKLFlux2):
-        side = tile_side(min(family.latent_shape[-2:]), geometry.pixels_per_latent)
-        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * geometry.pixels_per_latent
-
-
-def tile_side(shorter: int, pixels_per_latent: int) -> int:
-    """The side of a tile in latents: half of a picture's shorter side, 512 pixels at most.
-
-    An autoencoder's own tile is as large as the pictures that it was trained on, 1024 pixels for SD 3 and FLUX, so that
-    it never decodes such pictures in tiles. Tiles overlap by a quarter of their side, which is a whole number here.
-    """
-    return max(_TILE_MULTIPLE, min(shorter // 2, _LARGEST_TILE // pixels_per_latent) // _TILE_MULTIPLE * _TILE_MULTIPLE)
+# --- what makes it faster ---------------------------------------------------------------------------------------------
 
 
 def _order_memory(family: ModelFamily) -> None:

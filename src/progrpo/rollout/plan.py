@@ -271,18 +271,17 @@ class PlanCosts(TypedDict):
 
 
 def summary(
-    plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool, ode_steps: int = 1, prompts: int = 1
+    plan: Plan, num_inference_steps: int, guidance: bool, of_one: Cost, of_all: Cost, prompts: int = 1
 ) -> PlanCosts:
-    """The path and cost of a plan and of an iteration's prompts, ready for JSON; ValueError if it cannot be run.
+    """The path and cost of a plan, ready for JSON.
 
+    The costs are `of_one` prompt that goes on to the end, and `of_all` prompts of an iteration.
     `nfe_saved` is the share of the full groups' network calls that pruning avoids; `nfe_ratio_to_none` compares with
     the preset `none`, groups of 24 without pruning, and is above 1 where a larger start costs more than pruning saves.
     """
-    cost = plan.predict(num_inference_steps, trained_steps, guidance, ode_steps)
-    of_all = plan.predict(num_inference_steps, trained_steps, guidance, ode_steps, prompts=prompts)
     go_on = [plan.groups_left(prompts)] if plan.keep_groups is not None else []
-    full = Plan(plan.group_size, recorded=plan.recorded).predict(num_inference_steps, trained_steps, guidance)
-    none = preset("none", num_inference_steps).predict(num_inference_steps, trained_steps, guidance)
+    full = Plan(plan.group_size, recorded=plan.recorded).predict(num_inference_steps, 0, guidance)
+    none = preset("none", num_inference_steps).predict(num_inference_steps, 0, guidance)
     return {
         "group_size": plan.group_size,
         "survivors": plan.survivors,
@@ -290,10 +289,10 @@ def summary(
         "groups": [prompts, *go_on],
         "prune_steps": [point.step for point in plan.active_points()],
         "num_inference_steps": num_inference_steps,
-        "nfe_per_prompt": cost.nfe,
-        "decodes_per_prompt": cost.decodes,
-        "reward_calls_per_prompt": cost.reward_calls,
-        "trained_steps_per_prompt": cost.trained_steps,
+        "nfe_per_prompt": of_one.nfe,
+        "decodes_per_prompt": of_one.decodes,
+        "reward_calls_per_prompt": of_one.reward_calls,
+        "trained_steps_per_prompt": of_one.trained_steps,
         "nfe_per_iteration": of_all.nfe,
         "decodes_per_iteration": of_all.decodes,
         "reward_calls_per_iteration": of_all.reward_calls,

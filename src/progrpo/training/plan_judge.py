@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
-from progrpo.config import Config, nfe_shared, trained_items
+from progrpo.config import Config, prompt_cost
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.prune import Selector
@@ -25,15 +25,6 @@ model the agreement falls by about .01 from audit to audit, where a policy learn
 behind: .02 to .3 too high, where an even mean over eight would be three and a half behind."""
 _LEAST_NOISE = 1e-6  # prompts: without any, no prompt would be worth its time
 _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
-
-
-def prompt_cost(
-    config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), prompts: int = 1, iteration: int = 0
-) -> Cost:
-    """The cost of a plan for one prompt of the run, or for so many of a zero-based iteration."""
-    steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
-    cost = plan.predict(steps, trained_items(config), pairs, config.preview.steps_to_picture, probed_steps, prompts)
-    return replace(cost, nfe=cost.nfe - nfe_shared(config, plan.group_size, iteration) * prompts)
 
 
 def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), iteration: int = 0) -> Cost:
