@@ -62,6 +62,13 @@ def test_defaults_without_end_are_refused(tmp_path):
         hydra(tmp_path, main="defaults: [main]\nx: 1\n")
 
 
+@pytest.mark.parametrize("level", ["{{a: *l{0}, b: *l{0}}}", "[*l{0}, *l{0}]"], ids=["objects", "lists"])
+def test_a_short_file_that_its_aliases_make_endless_is_refused(tmp_path, level):
+    levels = "".join(f"l{i + 1}: &l{i + 1} {level.format(i)}\n" for i in range(60))
+    with pytest.raises(ValueError, match=r"main\.yaml is no settings file: .*(without end|more than 10,000 settings)"):
+        hydra(tmp_path, main=f"l0: &l0 {{a: 1}}\n{levels}")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

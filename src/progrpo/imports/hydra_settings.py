@@ -36,12 +36,15 @@ class HydraReading:
 def read_hydra(path: Path) -> HydraReading:
     """The settings of a file and of the files that its `defaults` name. ValueError if the file cannot be read."""
     composition = _Composition(path.parent)
-    data = composition.data_of(path, "")
+    settings = _flattened(composition.data_of(path, ""), path)
+    return resolve(settings, path.name, composition.unread)
+
+
+def _flattened(data: object, path: Path) -> dict[str, object]:
     try:
-        settings = flatten(data)
+        return flatten(data)
     except ValueError as error:
         raise ValueError(f"{named(path)} is no settings file: {error}") from None
-    return resolve(settings, path.name, composition.unread)
 
 
 def resolve(settings: Mapping[str, object], file: str, unread: list[Row]) -> HydraReading:
@@ -86,6 +89,7 @@ class _Composition:
         if self._files > _MOST_FILES:
             raise ValueError(f"{named(path)}: its defaults name more than {_MOST_FILES} files")
         own = {str(key): value for key, value in read_yaml(path).items()}
+        _flattened(own, path)  # aliases may make a short file endless, and merging copies what they share
         entries = own.pop("defaults", [])
         parts = [{} if entry == "_self_" else self._entry(entry, path, i) for i, entry in _entries(entries)]
         selves = [i for i, entry in _entries(entries) if entry == "_self_"]
