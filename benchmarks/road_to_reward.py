@@ -42,7 +42,10 @@ PROMPTS, GROUP = 6, 24
 MEASURES = {"flipped_reward:FlippedStrict": "shapes_strict"}
 """What measures a run with this reward; without an entry it is the reward itself."""
 INK, QUIET = (40, 44, 52), (128, 134, 144)
-COLOURS = ((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50))
+COLOURS = (
+    *((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50)),
+    *((20, 150, 170), (160, 120, 40), (90, 100, 110)),
+)
 
 PLAIN: Changes = {
     "model": {"weights": "full", "dtype": "auto"},
@@ -158,7 +161,7 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     base = mean(curve[0]["reward"] for curve in reference)
     final = mean(curve[-1]["reward"] for curve in reference)
     lines = [
-        "| arm | seeds | iterations | reward | strict | judge | diversity | distance | gradient"
+        "| arm | seeds | updates | reward | strict | judge | diversity | distance | gradient"
         " | core seconds to 50 / 75 / 100 % |",
         "|---|---|---|---|---|---|---|---|---|---|",
         f"| the base | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
