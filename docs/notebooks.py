@@ -33,9 +33,12 @@ def executed(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.Notebook
 
 
 def kept_outputs(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """The outputs of a cell that say the same when it is executed again."""
+    """The outputs of a cell that say the same when it is executed again; of a picture's two forms the smaller, JPEG."""
     if "remove-output" in cell.metadata.get("tags", ()):
         return []
+    for output in cell.outputs:
+        if "image/jpeg" in output.get("data", {}):
+            output.data.pop("image/png", None)
     return [output for output in cell.outputs if output.get("name") != "stderr"]
 
 
