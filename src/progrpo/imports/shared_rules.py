@@ -51,6 +51,11 @@ def ignored(why: str) -> Rule:
     return lambda setting: not_needed(why)
 
 
+def named_below(section: str, names: str, rule: Rule) -> dict[str, Rule]:
+    """The rule for each of these names, which spaces divide, in a section of settings."""
+    return dict.fromkeys((f"{section}{name}" for name in names.split()), rule)
+
+
 def only_at(*values: object, why: str, otherwise: str) -> Rule:
     """The rule of a setting that is not needed at these values and has no equal at any other."""
     return lambda setting: not_needed(why) if setting.value in values else no_equal(otherwise)

@@ -165,12 +165,9 @@ class Shell:
             elif character == "\\":
                 text += self.text[self.at + 1 : self.at + 2]
                 self.at += 2
-            elif character in "$`":
-                value, missed = self._expansion()
-                text, unread = text + value, unread or missed
             else:
-                text += character
-                self.at += 1
+                part, missed = self._part()
+                text, unread = text + part, unread or missed
         if self.at == start:
             self.at += 1  # a character that begins no word
         raw = self.text[start : self.at]
@@ -186,16 +183,20 @@ class Shell:
                 following = self.text[self.at + 1 : self.at + 2]
                 text += "" if following == "\n" else following if following in '"\\$`' else character + following
                 self.at += 2
-            elif character in "$`":
-                value, missed = self._expansion()
-                text, unread = text + value, unread or missed
             else:
-                text += character
-                self.at += 1
+                part, missed = self._part()
+                text, unread = text + part, unread or missed
         if self.at >= len(self.text):
             raise ValueError("a quotation has no end")
         self.at += 1
         return text, unread
+
+    def _part(self) -> tuple[str, bool]:
+        """The value of an expansion, or the character, at this place; and whether it could not be read."""
+        if self.text[self.at] in "$`":
+            return self._expansion()
+        self.at += 1
+        return self.text[self.at - 1], False
 
     # --- expansions ---------------------------------------------------------------------------------------------------
 

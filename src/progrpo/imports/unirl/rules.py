@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from progrpo.imports.outcome import Rule, counted_in, no_equal, not_needed, to_fields
-from progrpo.imports.shared_rules import ignored, only_at, to_choice, to_field
+from progrpo.imports.shared_rules import ignored, named_below, only_at, to_choice, to_field
 from progrpo.imports.unirl import outcomes, rewards
 
 _LORA: dict[str, Rule] = {
@@ -150,65 +150,43 @@ RULES: dict[str, Rule] = {
 }
 
 PREFIXES: dict[str, Rule] = {
-    **dict.fromkeys(("logging.", "hydra."), ignored("metrics go to the run folder and its report")),
-    **dict.fromkeys(
-        (
-            *("transport_kind", "workers_per_device", "transfer_queue", "sync.", "num_nodes", "ray", "layout"),
-            *("train_fraction", "reward_fraction", "train_resident", "rollout_resident", "reward_resident"),
-            *("worker_max", "save_mode"),
-        ),
+    **named_below("", "logging. hydra.", ignored("metrics go to the run folder and its report")),
+    **named_below(
+        "",
+        "transport_kind workers_per_device transfer_queue sync. num_nodes ray layout train_fraction reward_fraction"
+        " train_resident rollout_resident reward_resident worker_max save_mode",
         ignored(_LAUNCH),
     ),
-    **dict.fromkeys(
-        (
-            f"bundle.config.{name}"
-            for name in (
-                *("_target_", "load_", "boundary_ratio", "num_train_timesteps", "vae_use_tiling", "hidden_state"),
-                *("use_lora", "lora_target_modules", "use_condition"),
-            )
-        ),
+    **named_below(
+        "bundle.config.",
+        "_target_ load_ boundary_ratio num_train_timesteps vae_use_tiling hidden_state use_lora lora_target_modules"
+        " use_condition",
         ignored("read from the model itself"),
     ),
-    **dict.fromkeys(
-        ("pipeline.hidden_state", "pipeline.qwen3_extraction", "pipeline.use_condition"),
-        ignored("read from the model itself"),
-    ),
+    **named_below("pipeline.", "hidden_state qwen3_extraction use_condition", ignored("read from the model itself")),
     "stack.shuffle": ignored("microbatches mix steps and trajectories"),
-    **dict.fromkeys(
-        ("bundle.config.autocast", "bundle.config.trajectory", "bundle.config.logprob"), ignored("as under `pipeline`")
-    ),
-    **dict.fromkeys(("pipeline._target_", "pipeline.autocast"), ignored("the model's own pipeline and dtype")),
-    **dict.fromkeys(("backend._target_", "backend.block_class", "backend.fsdp_cfg."), ignored(_SHARDING)),
-    **dict.fromkeys(
-        (
-            *("backend.optimizer_cfg._target_", "backend.scheduler_cfg._target_", "backend.lora_cfg._target_"),
-            *(
-                "backend.ema_lora_cfg._target_",
-                "algorithm.stage_attr",
-                "algorithm.conditions_cls.",
-                "algorithm.params.",
-            ),
-            *("stack._target_", "data_source._target_", "sampling._target_", "sampling.scheduler.config._target_"),
-            *("sampling.scheduler._target_", "sampling.post_window_ode._target_"),
-        ),
+    **named_below("bundle.config.", "autocast trajectory logprob", ignored("as under `pipeline`")),
+    **named_below("pipeline.", "_target_ autocast", ignored("the model's own pipeline and dtype")),
+    **named_below("backend.", "_target_ block_class fsdp_cfg.", ignored(_SHARDING)),
+    **named_below(
+        "",
+        "backend.optimizer_cfg._target_ backend.scheduler_cfg._target_ backend.lora_cfg._target_"
+        " backend.ema_lora_cfg._target_ algorithm.stage_attr algorithm.conditions_cls. algorithm.params."
+        " stack._target_ data_source._target_ sampling._target_ sampling.scheduler.config._target_"
+        " sampling.scheduler._target_ sampling.post_window_ode._target_",
         ignored("the class that reads the settings beside it"),
     ),
     "rollout.": ignored("the training process samples, without another engine"),
     "reward._target_": ignored("the class that reads the settings beside it"),
-    **dict.fromkeys(
-        (
-            f"reward.backend.{name}"
-            for name in ("base_device", "config._target_", "config.device", "config.processor_id", "config.model_id")
-        ),
+    **named_below(
+        "reward.backend.",
+        "base_device config._target_ config.device config.processor_id config.model_id",
         ignored("a reward's own settings say where it runs"),
     ),
     "reward.backend.config.reward_weights.": lambda s: counted_in("reward.terms"),
-    **dict.fromkeys(
-        ("reward.backend.config.base_url", "reward.backend.config.timeout"), ignored("a term's url and timeout")
-    ),
-    **dict.fromkeys(("sampling.autocast", "sampling.trajectory", "sampling.logprob"), ignored("as under `pipeline`")),
-    **dict.fromkeys(
-        ("sampling.scheduler.config.max_iters", "sampling.scheduler.config.min_iters"),
-        ignored("only for a window whose intervals change"),
+    **named_below("reward.backend.config.", "base_url timeout", ignored("a term's url and timeout")),
+    **named_below("sampling.", "autocast trajectory logprob", ignored("as under `pipeline`")),
+    **named_below(
+        "sampling.scheduler.config.", "max_iters min_iters", ignored("only for a window whose intervals change")
     ),
 }

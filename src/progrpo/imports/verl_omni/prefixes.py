@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from progrpo.imports.outcome import Outcome, Rule, Setting, no_equal, not_needed
-from progrpo.imports.shared_rules import ignored, only_at
+from progrpo.imports.shared_rules import ignored, named_below, only_at
 from progrpo.imports.verl_omni import sampling
 from progrpo.imports.verl_omni.sections import ACTOR, DIFFUSION_LOSS, MODEL, PIPELINE, ROLLOUT, VALIDATION
 
@@ -25,79 +25,27 @@ def _correction(setting: Setting) -> Outcome:
 
 
 PREFIXES: dict[str, Rule] = {
-    **dict.fromkeys(
-        (f"data.{name}" for name in ("seed", "val_batch_size", "dataloader_num_workers", "max_prompt_length")), _LOADING
-    ),
-    **dict.fromkeys((f"data.{name}" for name in ("truncation", "filter_overlong_prompts", "tokenizer")), _LOADING),
-    **dict.fromkeys(
-        (
-            f"data.{name}"
-            for name in (
-                *(
-                    "use_shm",
-                    "reward_fn_key",
-                    "max_response",
-                    "return_",
-                    "image_patch",
-                    "validation_shuffle",
-                    "video_key",
-                ),
-                *("trust_remote", "sampler.", "datagen.", "apply_chat", "tool_config"),
-            )
-        ),
+    **named_below(
+        "data.",
+        "seed val_batch_size dataloader_num_workers max_prompt_length truncation filter_overlong_prompts tokenizer"
+        " use_shm reward_fn_key max_response return_ image_patch validation_shuffle video_key trust_remote sampler."
+        " datagen. apply_chat tool_config",
         _LOADING,
     ),
-    **dict.fromkeys((f"{MODEL}{name}" for name in ("pipeline.", "algo.")), sampling.training_copy),
-    **dict.fromkeys(
-        (
-            f"{MODEL}{name}"
-            for name in (
-                *("attn_backend", "extra_tokenizers", "fsdp_layer_prefixes", "model_type", "mtp", "tokenizer_path"),
-                *("use_shm", "policy_state_adapters"),
-            )
-        ),
+    **named_below(MODEL, "pipeline. algo.", sampling.training_copy),
+    **named_below(
+        MODEL,
+        "attn_backend extra_tokenizers fsdp_layer_prefixes model_type mtp tokenizer_path use_shm policy_state_adapters",
         ignored("a matter of how the model is run"),
     ),
-    **dict.fromkeys((f"{ACTOR}{name}" for name in ("fsdp_config.", "strategy", "veomni_config")), ignored(_SHARDING)),
-    **dict.fromkeys(
-        (f"{ACTOR}{name}" for name in ("checkpoint.", "shuffle", "data_loader_seed", "use_no_sync")), ignored(_LAUNCH)
-    ),
-    **dict.fromkeys(
-        (
-            f"{ROLLOUT}{name}"
-            for name in (
-                *(
-                    "name",
-                    "mode",
-                    "nnodes",
-                    "n_gpus",
-                    "dtype",
-                    "gpu_memory",
-                    "enforce_eager",
-                    "cudagraph",
-                    "free_cache",
-                ),
-                *("tensor_model", "data_parallel", "expert_parallel", "pipeline_model", "max_num", "max_model"),
-                *(
-                    "enable_",
-                    "engine_kwargs",
-                    "agent.",
-                    "load_format",
-                    "layered_summon",
-                    "log_prob_micro",
-                    "prompt_length",
-                ),
-                *("rollout_attn", "calculate_log_probs", "rollout_adapter", "checkpoint_engine", "step_execution"),
-                *(
-                    "max_prompt_embed",
-                    "skip_tokenizer",
-                    "disable_log",
-                    "scheduling_policy",
-                    "logprobs_mode",
-                    "prometheus",
-                ),
-            )
-        ),
+    **named_below(ACTOR, "fsdp_config. strategy veomni_config", ignored(_SHARDING)),
+    **named_below(ACTOR, "checkpoint. shuffle data_loader_seed use_no_sync", ignored(_LAUNCH)),
+    **named_below(
+        ROLLOUT,
+        "name mode nnodes n_gpus dtype gpu_memory enforce_eager cudagraph free_cache tensor_model data_parallel"
+        " expert_parallel pipeline_model max_num max_model enable_ engine_kwargs agent. load_format layered_summon"
+        " log_prob_micro prompt_length rollout_attn calculate_log_probs rollout_adapter checkpoint_engine"
+        " step_execution max_prompt_embed skip_tokenizer disable_log scheduling_policy logprobs_mode prometheus",
         ignored(_ENGINE),
     ),
     "actor_rollout_ref.ref.": ignored("the reference is the model at its start"),
@@ -109,28 +57,15 @@ PREFIXES: dict[str, Rule] = {
     "reward.reward_functions[].": lambda s: no_equal("a setting of a reward that you write"),
     "actor_rollout_ref.hybrid_engine": ignored(_ENGINE),
     "actor_rollout_ref.nccl_timeout": ignored(_LAUNCH),
-    **dict.fromkeys(
-        (f"reward.{name}" for name in ("num_workers", "reward_model.", "reward_manager.", "models.", "sandbox")),
-        ignored(_SERVER),
-    ),
-    **dict.fromkeys(
-        (
-            f"trainer.{name}"
-            for name in ("project_name", "experiment_name", "default_", "rollout_data", "validation_data", "video_fps")
-        ),
+    **named_below("reward.", "num_workers reward_model. reward_manager. models. sandbox", ignored(_SERVER)),
+    **named_below(
+        "trainer.",
+        "project_name experiment_name default_ rollout_data validation_data video_fps",
         ignored(_RUN_FOLDER),
     ),
-    **dict.fromkeys(
-        (f"trainer.{name}" for name in ("logger", "log_val")), ignored("metrics go to the run folder and its report")
-    ),
-    **dict.fromkeys(
-        (
-            f"trainer.{name}"
-            for name in ("n_gpus", "nnodes", "device", "use_v1", "ray_", "esi_", "del_local", "v1.s", "v1.colocate")
-        ),
-        ignored(_LAUNCH),
-    ),
-    **dict.fromkeys(("ray_kwargs", "transfer_queue", "skip.", "hydra."), ignored(_LAUNCH)),
+    **named_below("trainer.", "logger log_val", ignored("metrics go to the run folder and its report")),
+    **named_below("trainer.", "n_gpus nnodes device use_v1 ray_ esi_ del_local v1.s v1.colocate", ignored(_LAUNCH)),
+    **named_below("", "ray_kwargs transfer_queue skip. hydra.", ignored(_LAUNCH)),
     **dict.fromkeys(
         ("global_profiler", f"{ACTOR}profiler", f"{ROLLOUT}profiler", "reward.reward_model.rollout.profiler"),
         ignored(_PROFILER),
@@ -138,6 +73,6 @@ PREFIXES: dict[str, Rule] = {
     **dict.fromkeys(("algorithm.rollout_correction.", f"{ACTOR}rollout_correction."), _correction),
     f"{ACTOR}rollout_n": ignored("that of the rollout"),
     f"{ACTOR}distill": ignored("there is no distillation"),
-    **dict.fromkeys((f"{DIFFUSION_LOSS}{name}" for name in ("kl_mask", "add_kl", "mse_", "ratio_norm")), _OTHER_LOSS),
+    **named_below(DIFFUSION_LOSS, "kl_mask add_kl mse_ ratio_norm", _OTHER_LOSS),
     f"{VALIDATION}algo.": ignored("evaluations add no noise"),
 }
