@@ -189,9 +189,6 @@ TRIALS: dict[str, Changes] = {
     "dgpo one draw mixed lora 1e-3": changed(ONE, {"model": {"weights": "lora"}, "optim": {"lr": 1e-3}}),
     "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
     "unet": UNET,
-    # the quickstart's small plain groups, for as much work
-    "unet small": changed(GROUPS, {"iterations": 110, "model": {"path": "shapes-diffusion"}, "optim": {"lr": 1e-4}}),
-    "unet small, lr 2e-4": changed(GROUPS, {"iterations": 110, "model": {"path": "shapes-diffusion"}}),
     "unet 80 iterations": changed(UNET, {"iterations": 80}),
     "unet lr 4e-5": changed(UNET, {"optim": {"lr": 4e-5}}),
     "unet nft": changed(UNET, {"objective": {"name": "nft"}}),

@@ -69,7 +69,7 @@ def _heads(
 ) -> list[Tensor]:
     """The queries, keys and values of one stream, each (B, heads, tokens, width of a head), in one dtype.
 
-    Norms compute in float32, and in the order of memory.
+    Norms compute in float32, before heads are moved, where rows are contiguous.
     """
     split = [layer(states).unflatten(2, (attn.heads, -1)) for layer in layers]
     normed = [x if norm is None else norm(x).to(x.dtype) for x, norm in zip(split, norms, strict=True)]
