@@ -2,16 +2,17 @@
 
     python benchmarks/plan_value.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2]
         [--plans standard "24 -> 12 after 4"] [--num-inference-steps 8] [--guidance-scale 1] [--window 3]
-        [--ode-steps 1] [--json [FILE]]
+        [--ode-steps 1] [--objective dgpo] [--reward shapes_match] [--json [FILE]]
 
 The policy is a recipe's after so many of its iterations; without `--recipe` it is GRPO with a LoRA on `shapes-flow`,
-unpruned. Groups of 48 then run to their end, previewed at every step, and each member's gradient is taken. From these
-follows the gradient of every plan on the same members: it keeps the members that the previews choose, and has
-advantages among its survivors, as a run has. The value of a gradient is its SNR^2: the square of its mean along the
-policy gradient (of the full groups of all other prompts) over its variance from prompt to prompt. No step size is in
-it. Lengths are AdamW's: a weight counts by its gradient over the fourth root of its second moment, so that the product
-with the policy gradient is the gain of a step in first order. Gradients of all trained weights are hashed to
-DIMS numbers with random signs, which keeps inner products. DGPO's weight of decided groups is left out.
+unpruned. `--objective` and `--reward` put others in their places. Groups of 48 then run to their end, previewed at
+every step, and each member's gradient is taken. From these follows the gradient of every plan on the same members: it
+keeps the members that the previews choose, and has advantages among its survivors, as a run has. The value of a
+gradient is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other prompts) over
+its variance from prompt to prompt. No step size is in it. Lengths are AdamW's: a weight counts by its gradient over the
+fourth root of its second moment, so that the product with the policy gradient is the gain of a step in first order.
+Gradients of all trained weights are hashed to DIMS numbers with random signs, which keeps inner products. DGPO's weight
+of decided groups is left out.
 
 signal      SNR^2 per prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all
             prompts
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, ModelSettings, prompt_cost
+from progrpo.config import Config, ModelSettings, RewardTerm, check, prompt_cost
 from progrpo.objectives.advantage import advantages, group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.objectives.dgpo import DGPO
@@ -240,8 +241,18 @@ def config_for(options: argparse.Namespace) -> Config:
     sampling = replace(config.sampling, **{name: value for name, value in given.items() if value is not None})
     if options.window:
         sampling = replace(sampling, sde_window="first", sde_window_size=options.window)
-    preview = replace(config.preview, ode_steps=options.ode_steps)
-    return replace(config, sampling=sampling, preview=preview, audit=replace(config.audit, every=0))
+    config = replace(
+        config,
+        sampling=sampling,
+        preview=replace(config.preview, ode_steps=options.ode_steps),
+        audit=replace(config.audit, every=0),
+    )
+    if options.objective:
+        config = replace(config, objective=replace(config.objective, name=options.objective))
+    if options.reward:
+        config = replace(config, reward=replace(config.reward, terms=(RewardTerm(options.reward),)))
+    check(config)
+    return config
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -329,6 +340,8 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--window", type=int, help="noise and training on the first so many steps alone")
     parser.add_argument("--ode-steps", type=int, default=1, help="of previews")
+    parser.add_argument("--objective", help="another than the recipe's or GRPO")
+    parser.add_argument("--reward", help="another than the recipe's or the graded verifier")
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
     options = parser.parse_args()
     quiet()

@@ -53,7 +53,7 @@ from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path
+from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset
 from progrpo.rollout.preview import preview, score
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, ode, sampling_for
@@ -81,62 +81,63 @@ HELD_OUT = 128
 INK, QUIET = (40, 44, 52), (128, 134, 144)
 
 
+FULL = Plan(GROUP)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A way to choose the members that are trained on."""
 
-    group: int = GROUP
-    keep: int | None = None
-    after: int | None = None
-    """The step after which the others are stopped; None: by final rewards."""
+    plan: Plan = FULL
     selector: str = "ovf"
     baseline: Literal["survivors", "group"] = "survivors"
     negative_weight: float = 1.0
     auto_ratio: float | None = None
     """The ratio R whose costs `plan.preset auto` is given; None: the plan is fixed."""
 
-    def plan(self) -> Plan:
-        if self.keep is None:
-            return Plan(self.group)
-        if self.after is None:
-            return Plan(self.group, final_keep=self.keep)
-        return Plan(self.group, (PrunePoint(self.after, self.keep),))
-
     def settings(self) -> PlanSettings:
         if self.auto_ratio is not None:
             return PlanSettings("auto")
-        plan = self.plan()
-        points = tuple((point.step, point.keep) for point in plan.prune)
         return PlanSettings(
             preset="custom",
-            group_size=plan.group_size,
-            prune=points,
-            final_keep=plan.final_keep,
+            group_size=self.plan.group_size,
+            prune=tuple((point.step, point.keep) for point in self.plan.prune),
+            final_keep=self.plan.final_keep,
             selector=self.selector,
         )
 
     def cost(self, ratio: float) -> float:
         """The cost of a group, in units of sampling one member to its end."""
-        cost = self.plan().predict(STEPS, 1, guidance=False)
+        cost = self.plan.predict(STEPS, 1, guidance=False)
         return cost.nfe / STEPS + REWARD * cost.reward_calls + ratio * cost.trained_steps
+
+
+def pruned(step: int, keep: int) -> Plan:
+    return Plan(GROUP, (PrunePoint(step, keep),))
+
+
+def posthoc(keep: int) -> Plan:
+    return Plan(GROUP, final_keep=keep)
 
 
 CHOICES: dict[str, Choice] = {
     "plain 24": Choice(),
-    "plain 12": Choice(12),
-    "plain 6": Choice(6),
-    "posthoc 12": Choice(keep=12),
-    "posthoc 6": Choice(keep=6),
-    "12 after 4": Choice(keep=12, after=4),
-    "12 after 6": Choice(keep=12, after=6),
-    "6 after 4": Choice(keep=6, after=4),
-    "6 after 6": Choice(keep=6, after=6),
-    "12 after 8": Choice(keep=12, after=8),
-    "6 after 8": Choice(keep=6, after=8),
-    "furthest 12, group": Choice(keep=12, selector="furthest", baseline="group"),
-    "furthest 6, group": Choice(keep=6, selector="furthest", baseline="group"),
-    "ovf 6, group": Choice(keep=6, baseline="group"),
-    "uniform 12 after 4": Choice(keep=12, after=4, selector="uniform"),
+    "plain 12": Choice(Plan(12)),
+    "plain 6": Choice(Plan(6)),
+    "posthoc 12": Choice(posthoc(12)),
+    "posthoc 6": Choice(posthoc(6)),
+    "12 after 4": Choice(pruned(4, 12)),
+    "12 after 6": Choice(pruned(6, 12)),
+    "6 after 4": Choice(pruned(4, 6)),
+    "6 after 6": Choice(pruned(6, 6)),
+    "12 after 8": Choice(pruned(8, 12)),
+    "6 after 8": Choice(pruned(8, 6)),
+    "furthest 12, group": Choice(posthoc(12), "furthest", "group"),
+    "furthest 6, group": Choice(posthoc(6), "furthest", "group"),
+    "ovf 6, group": Choice(posthoc(6), baseline="group"),
+    "uniform 12 after 4": Choice(pruned(4, 12), "uniform"),
+    "standard": Choice(preset("standard", STEPS)),
+    "flash": Choice(preset("flash", STEPS)),
 }
 AUTO = {ratio: f"auto, R {ratio:g}" for ratio in RATIOS}
 FIXED = dict(CHOICES)
@@ -445,27 +446,33 @@ def next_work(results: Results, order: Sequence[Cell]) -> tuple[Cell, float, int
 @torch.no_grad()
 def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int, prompts: int = 128) -> float:
     """V: the variance of the kept final rewards over that of all, at the untrained model."""
-    if choice.keep is None:
-        return 1.0
+    plan = choice.plan
     settings = SamplingSettings(num_inference_steps=STEPS, microbatch=4096)
     sampling = sampling_for(policy, settings, range(stochastic), Record())
     selector = PlanSettings(selector=choice.selector).load_selector()
-    sampler = Sampler(policy, mixture(shape), sampling, choice.plan(), selector)
+    sampler = Sampler(policy, mixture(shape), sampling, plan, selector)
     texts, slots, key = world.prompts(prompts), torch.arange(prompts), NoiseKey(0, 0)
     condition = policy.encode(texts)
-    seen: dict[int, torch.Tensor] = {}
+    keeps = {point.step: point.keep for point in plan.active_points()}
+    scores: list[tuple[torch.Tensor, int]] = []
 
     def watch(step: int, batch: Trajectories) -> Trajectories:
-        if step == choice.after:
-            seen[step] = preview(sampler, texts, condition, batch, step, Meter())[1]
+        if step in keeps:
+            seen_N = preview(sampler, texts, condition, batch, step, Meter())[1]
+            scores.append((seen_N.reshape(prompts, -1), keeps[step]))
         return batch
 
-    batch = expand(policy, slots, choice.group, sampling, key)
+    batch = expand(policy, slots, plan.group_size, sampling, key)
     batch = denoise(sampler.denoiser(condition), batch, key, Meter(), watch)
     final_PG = score(sampler, texts, batch.group_N, batch.x_NCHW, Meter())[1].value_N.reshape(prompts, -1)
-    by_PG = final_PG if choice.after is None else seen[choice.after].reshape(prompts, -1)
-    kept_PK = selector(by_PG, choice.keep, torch.ones_like(by_PG, dtype=torch.bool), key.group_seeds(slots, 0))
-    kept = final_PG.gather(1, kept_PK.indices_PK)
+    if plan.final_keep is not None:
+        scores.append((final_PG, plan.final_keep))
+    living_PK = torch.arange(plan.group_size).expand(prompts, -1)
+    for by_PG, keep in scores:
+        by_PK = by_PG.gather(1, living_PK)
+        there_PK = torch.ones_like(by_PK, dtype=torch.bool)
+        living_PK = living_PK.gather(1, selector(by_PK, keep, there_PK, key.group_seeds(slots, 0)).indices_PK)
+    kept = final_PG.gather(1, living_PK)
     return float(kept.var(1, correction=0).mean() / final_PG.var(1, correction=1).mean())
 
 
@@ -504,7 +511,6 @@ def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list
         kept = {name: kept_variance(policy, choice, "smooth", STEPS) for name, choice in FIXED.items()}
         for name, choice in FIXED.items():
             own = by_choice[name].mean(0)
-            weight = choice.group - 1 if choice.keep is None else choice.keep * kept[name]
             results.append(
                 {
                     "choice": name,
@@ -512,7 +518,7 @@ def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list
                     "bearing": round(float(torch.cosine_similarity(own, full, dim=0)), 4),
                     "signal": round(signals[name] / signals["plain 24"], 3),
                     "kept_variance": round(kept[name], 3),
-                    "predicted": round(weight / (GROUP - 1), 3),
+                    "predicted": round(choice.plan.survivors * kept[name] / (GROUP - 1), 3),
                 }
             )
             print(results[-1], flush=True)
@@ -594,8 +600,8 @@ class Map:
         stochastic = {"grpo": STEPS, "grpo window": 3}.get(cell.objective, 0)
         key = (cell.choice, cell.shape, stochastic)
         if key not in self._signals:
-            kept = choice.group - 1 if choice.keep is None else choice.keep
-            self._signals[key] = kept * kept_variance(self._policy, choice, cell.shape, stochastic)
+            kept = kept_variance(self._policy, choice, cell.shape, stochastic)
+            self._signals[key] = choice.plan.survivors * kept
         return self._signals[key]
 
     def costs(self, cell: Cell, share: float, ratio: float) -> tuple[list[float], tuple[float, int]] | None:
