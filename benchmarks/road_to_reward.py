@@ -77,6 +77,9 @@ DGPO_ARMS: dict[str, Changes] = {
     "grpo, posthoc 12 of 24": changed(PLAIN, HALF),
 }
 SHORT = changed(PLAIN, {"sampling": {"num_inference_steps": 6}, "optim": {"lr": 5e-5}})
+FIRST_3 = changed(SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}})
+FIRST_3_PRUNED = changed(FIRST_3, {"plan": {"prune": [[2, 12]]}})
+LORA: Changes = {"model": {"weights": "lora"}, "optim": {"lr": 3e-4}}
 GRPO_ARMS: dict[str, Changes] = {
     "plain 24": SHORT,
     "plain 12": changed(SHORT, {"plan": {"group_size": 12}}),
@@ -87,10 +90,10 @@ GRPO_ARMS: dict[str, Changes] = {
     "plain 24, KL 0.04": changed(SHORT, {"objective": {"name": "grpo", "grpo": {"kl_beta": 0.04}}}),
     "plain 24, CPS": changed(SHORT, {"sampling": {"sampler": "cps"}}),
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
-    "first 3 steps, plain 24": changed(SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}}),
-    "first 3 steps, 12 of 24 after 3": changed(
-        SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}, "plan": {"prune": [[2, 12]]}}
-    ),
+    "first 3 steps, plain 24": FIRST_3,
+    "first 3 steps, 12 of 24 after 3": FIRST_3_PRUNED,
+    "first 3 steps, LoRA, plain 24": changed(FIRST_3, LORA),
+    "first 3 steps, LoRA, 12 of 24 after 3": changed(FIRST_3_PRUNED, LORA),
 }
 
 
