@@ -104,10 +104,18 @@ SIX = changed(GROUPS, {"iterations": 75, "audit": {"every": 0}})
 # Audits as often as a plan is judged well, where the plan may follow them and where it may not
 QUICKSTART = changed(changed(GROUPS, FORMER), {"audit": {"every": 5}})
 SMALL = changed(QUICKSTART, {"iterations": 230, "prompts": {"per_iteration": 6}, "audit": {"every": 0}})
-# The recipe of the diffusion model, and what was tried beside it
-UNET = to_dict(load_recipe("shapes-diffusion"))
-# The quickstart on the diffusion model
-UNET_SMALL = changed(TODAY, {"model": {"path": "shapes-diffusion"}, "optim": {"lr": 1e-4}})
+# The diffusion model's recipe until December 2026: half the rate, and no pull to the reference
+UNET = changed(
+    GROUPS,
+    {
+        **FORMER,
+        "iterations": 50,
+        "model": {"path": "shapes-diffusion"},
+        "objective": {"dgpo": {"kl_beta": 0.0}},
+        "optim": {"lr": 1e-4},
+        "audit": {"every": 10},
+    },
+)
 
 TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
@@ -194,9 +202,7 @@ TRIALS: dict[str, Changes] = {
     "unet 80 iterations": changed(UNET, {"iterations": 80}),
     "unet lr 4e-5": changed(UNET, {"optim": {"lr": 4e-5}}),
     "unet nft": changed(UNET, {"objective": {"name": "nft"}}),
-    "unet small": UNET_SMALL,
-    "unet small, 110 iterations": changed(UNET_SMALL, {"iterations": 110}),
-    "unet small, 110 iterations, lr 2e-4": changed(UNET_SMALL, {"iterations": 110, "optim": {"lr": 2e-4}}),
+    "unet small, 110 iterations": to_dict(load_recipe("shapes-diffusion")),
     "unet grpo": changed(UNET, {"objective": {"name": "grpo"}, "sampling": {"sde_window": "first"}}),
 }
 

@@ -129,11 +129,11 @@ def test_plan_counts_network_calls(capsys, args, nfe):
 
 @pytest.mark.parametrize("args", [("--plan.preset", "flash"), ("--plan.preset=flash",), ("--plan", "flash")])
 def test_a_preset_takes_the_place_of_a_recipes_custom_plan(capsys, args):
-    shown = json.loads(printed(capsys, "plan", "shapes-diffusion", "--json", *args))
+    shown = json.loads(printed(capsys, "plan", "smoke", "--json", *args))
     assert shown["path"] == [24, 16, 12]
     for option in ("--plan.preset", "--plan"):
-        own = json.loads(printed(capsys, "plan", "shapes-diffusion", "--json", option, "custom"))
-        assert own["path"] == [24, 12] and own["prune_steps"] == [4]
+        own = json.loads(printed(capsys, "plan", "smoke", "--json", option, "custom"))
+        assert own["path"] == [6, 4] and own["prune_steps"] == [3]
     new = json.loads(printed(capsys, "plan", "sd3", "--json", "--plan", "custom", "--plan.group_size", "24"))
     assert new["path"] == [24]
 
