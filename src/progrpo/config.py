@@ -266,15 +266,13 @@ def _check_negative_prompt(config: Config) -> None:
 
 def _check_same_latent(config: Config) -> None:
     """Refuse a plan that prunes members with one initial latent before noise has made them differ."""
-    points = resolve_plan(config).active_points()
-    sampling = config.sampling
-    moves = sampling.sde_window in ("sliding", "random")
-    latest = sampling.window_end - sampling.sde_window_size if moves else 0
-    if points and points[0].step <= latest:
+    plan = resolve_plan(config)
+    if compares_equal_members(config, plan):
+        latest = last_equal_step(config)
         raise ValueError(
-            f"plan.prune must begin after step {latest} for sampling.same_latent, not at step {points[0].step}: a"
-            f" group's members are equal until the noise of step {latest}"
-            + (" where the window comes last" if moves else "")
+            f"plan.prune must begin after step {latest} for sampling.same_latent, not at step"
+            f" {plan.active_points()[0].step}: a group's members are equal until the noise of step {latest}"
+            + (" where the window comes last" if latest else "")
         )
 
 
@@ -381,6 +379,19 @@ def trained_steps(config: Config, iteration: int) -> range:
     return range(steps.start, min(steps.stop, config.sampling.num_trainable_steps))
 
 
+def last_equal_step(config: Config) -> int:
+    """The last zero-based step of any iteration at whose network call a group's members are equal; -1 for none."""
+    sampling = config.sampling
+    if not sampling.same_latent:
+        return -1
+    return sampling.window_end - sampling.sde_window_size if sampling.sde_window in ("sliding", "random") else 0
+
+
+def compares_equal_members(config: Config, plan: Plan) -> bool:
+    """Whether in some iteration the plan's first prune point finds the members of a group equal."""
+    return any(point.step <= last_equal_step(config) for point in plan.active_points())
+
+
 def shared_calls(config: Config, iteration: int) -> int:
     """The number of first network calls of an iteration that are made once for a group, whose members are equal there.
 
@@ -402,7 +413,7 @@ def prompt_cost(
     """
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
     cost = plan.predict(steps, trained_items(config), pairs, config.preview.steps_to_picture, probed_steps, prompts)
-    saved = shared_calls(config, iteration) * (plan.group_size - 1) * (2 if pairs else 1)
+    saved = sum(plan.living_at(step) - 1 for step in range(shared_calls(config, iteration))) * (2 if pairs else 1)
     return replace(cost, nfe=cost.nfe - saved * prompts)
 
 

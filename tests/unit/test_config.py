@@ -23,7 +23,9 @@ from progrpo.config import (
     config_from_json,
     config_to_json,
     from_dict,
+    last_equal_step,
     learning_rate,
+    prompt_cost,
     resolve_plan,
     stochastic_steps,
     to_dict,
@@ -450,6 +452,33 @@ def test_members_that_begin_as_one_are_parted_before_they_are_compared(kind, lat
     check(pruned(latest + 1))
     with pytest.raises(ValueError, match=f"plan.prune must begin after step {latest} for sampling.same_latent"):
         check(pruned(latest))
+
+
+@pytest.mark.parametrize("kind", ["all", "first", "sliding", "random"])
+def test_the_last_equal_step_is_that_of_the_latest_window(kind):
+    window = {"sde_window": kind, "sde_window_size": 2, "sde_window_end": 6, "sde_window_interval": 1}
+    config = configured("grpo", same_latent=True, **window)
+    assert last_equal_step(config) == max(stochastic_steps(config, iteration).start for iteration in range(40))
+    assert last_equal_step(configured("grpo", **window)) == -1
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("prune", [(), ((0, 6),), ((2, 12), (3, 6)), ((8, 6),)])
+def test_a_shared_call_saves_those_of_the_other_living_members(prune, guidance_scale):
+    config = configured(
+        "grpo",
+        same_latent=True,
+        sde_window="random",
+        sde_window_size=2,
+        sde_window_end=6,
+        guidance_scale=guidance_scale,
+    )
+    plan = Plan(24, tuple(PrunePoint(*point) for point in prune))
+    for iteration in range(12):
+        first = stochastic_steps(config, iteration).start
+        calls = sum(1 if step <= first else plan.living_at(step) for step in range(10))
+        cost = prompt_cost(config, plan, prompts=3, iteration=iteration)
+        assert cost.nfe == 3 * calls * (2 if guidance_scale > 1 else 1)
 
 
 def test_an_unknown_sampler_or_dtype_is_refused_by_name():

@@ -16,6 +16,7 @@ from progrpo.config import (
     PlanSettings,
     PreviewSettings,
     SamplingSettings,
+    last_equal_step,
     prompt_cost,
 )
 from progrpo.rollout import plan_value
@@ -390,6 +391,17 @@ def test_a_verdict_says_why():
         assert judgement is not None and judgement.reasons == (
             f"training a member takes {ratio:.2g} x its sampling, and the gradient noise scale is {noise}"
         )
+
+
+@pytest.mark.parametrize("start", [PlanSettings("custom", prune=((8, 12),)), AUTO])
+def test_no_plan_is_taken_that_compares_equal_members(start):
+    sampling = SamplingSettings(
+        num_inference_steps=STEPS, same_latent=True, sde_window="random", sde_window_size=2, sde_window_end=6
+    )
+    asked = config(start.preset == "custom", start, sampling=sampling)
+    judgement = verdict(judged(asked, *[flat(0.97)] * 3, seconds=SAMPLING_IS_ALL), start.plan(STEPS))
+    # without that the plan would prune after step 0, as above
+    assert judgement.plan.prune[0].step == 5 == last_equal_step(asked) + 1
 
 
 def test_auto_prunes_nothing_where_previews_know_nothing_and_updates_are_cheap():

@@ -26,14 +26,18 @@ from progrpo.config import (
 from progrpo.prompts.order import BySignal, InTurn
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.plan import Plan, UnitCosts
+from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts
 from progrpo.rollout.rollout import rollout
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.console import Console
 from progrpo.tracking.records import Summary
 from progrpo.training.audit import GroupWatch
+from progrpo.training.distributed import Ranks
 from progrpo.training.errors import SelfCheckError
+from progrpo.training.plan_judge import Verdict
+from progrpo.training.plan_monitor import PlanMonitor
 from progrpo.training.totals import Totals
+from progrpo.training.watch import SelfChecks
 from progrpo.types import Cost
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -155,6 +159,45 @@ def test_a_plan_below_plain_groups_is_warned_of_where_it_prunes(tiny_trainer, ti
     before, monitor.plan_value = monitor.standing, 0.9
     monitor.announce_change(before, Console(7, nfe_unpruned=1))
     assert ("is expected to bring 0.90 x" in capsys.readouterr().out) == warns
+
+
+def test_a_plan_that_moves_its_steps_alone_is_announced(tiny_config, capsys):
+    config = tiny_config(plan=PlanSettings("custom", group_size=4, prune=((1, 3),), adaptive=True))
+    monitor = PlanMonitor(config, Ranks(), SelfChecks(config.watch))
+    before = monitor.standing
+    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    assert capsys.readouterr().out == ""
+    monitor.plan = Plan(4, (PrunePoint(2, 3),))
+    monitor.verdict = Verdict(1.0, monitor.plan, [4, 3], 1.1, 1.0, "calls are dear")
+    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    assert "plan: groups of 4 -> 3 from here on (3 after step 2): 1.10 x" in capsys.readouterr().out
+
+
+def test_agreements_are_forgotten_with_the_plan_that_they_are_of(tiny_trainer, tiny_config):
+    plan = PlanSettings("custom", group_size=4, prune=((2, 3),), adaptive=True)
+    trainer = tiny_trainer(tiny_config(plan=plan, audit=AuditSettings(every=1)))
+    judge = trainer.plan_monitor.judge
+    judge.recorded = UnitCosts(1.0, 1e-6, 1e-6, 1e-6)
+    for number in range(2):
+        judge.watch([0.8] * 4, np.arange(4.0), Cost(), {})
+        trainer.checks.check_agreement(number, [0.8])
+    trainer.step()
+    assert trainer.plan != plan.plan(4)
+    assert trainer.checks.state_dict()["agreements"] == []
+
+
+@pytest.mark.parametrize(("step", "left"), [(2, 1), (1, 0)])
+def test_a_resumed_run_forgets_the_agreements_of_another_plan(tiny_config, step, left):
+    def monitor_of(prune: tuple[int, int]) -> tuple[PlanMonitor, SelfChecks]:
+        config = tiny_config(plan=PlanSettings("custom", group_size=4, prune=(prune,)))
+        checks = SelfChecks(config.watch)
+        checks.check_agreement(0, [0.8])
+        return PlanMonitor(config, Ranks(), checks), checks
+
+    saved, _ = monitor_of((2, 3))
+    resumed, checks = monitor_of((step, 3))
+    resumed.load_state_dict(saved.state_dict())
+    assert len(checks.state_dict()["agreements"]) == left
 
 
 def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_config, tmp_path, capsys):

@@ -105,6 +105,25 @@ def test_the_baseline_can_be_the_full_group_under_a_final_selection():
     assert seen["reward/std"] == 2 and seen["reward/group_std_full"] == pytest.approx(np.std(finalists))
 
 
+def test_a_group_differs_where_the_members_of_its_baseline_do():
+    """Ten of 24 pass, and the six that are kept pass all: against the full group they teach."""
+    finalists, groups = [1.0] * 10 + [0.0] * 14, [0] * 24
+    rollout = rolled([1.0] * 6, [0] * 6, finalists, groups)
+    assert learnt(rollout)[1]["advantage/zero_variance_groups"] == 1
+    experience, seen = learnt(rollout, baseline="group")
+    expected = (1 - np.mean(finalists)) / (np.std(finalists) + EPS)
+    np.testing.assert_allclose(experience.advantages_N, [expected] * 6, rtol=1e-6)
+    assert seen["advantage/zero_variance_groups"] == 0
+
+
+@pytest.mark.parametrize("baseline", ["survivors", "group"])
+def test_a_group_that_misses_the_quorum_teaches_nothing_by_any_baseline(baseline):
+    rollout = rolled([1.0, NAN, 2.0, 3.0], [0, 0, 1, 1], [1.0, NAN, 0.0, 2.0, 3.0], [0, 0, 0, 1, 1])
+    experience, seen = learnt(rollout, baseline=baseline, quorum=0.8)
+    assert experience.trajectories.group_N.tolist() == [1, 1]
+    assert seen["advantage/zero_variance_groups"] == seen["reward/skipped_groups"] == 1
+
+
 def test_the_full_groups_std_is_not_known_after_pruning_in_flight():
     pruned = Preview(1, torch.tensor([0]), torch.tensor([0]), torch.tensor([0.5]))
     assert "reward/group_std_full" not in learnt(rolled([1.0, 3.0], [0, 0], previews=(pruned,)))[1]

@@ -118,6 +118,15 @@ def test_previews_that_never_agreed_have_not_collapsed():
         watch.check_agreement(iteration, [None])
 
 
+def test_agreements_at_other_points_are_not_compared():
+    watch = checks()
+    for iteration in range(6):
+        watch.check_agreement(iteration, [0.8])
+    watch.forget_agreement()
+    for iteration in range(6, 12):
+        watch.check_agreement(iteration, [0.1])
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 
 

@@ -62,13 +62,13 @@ class AdvantageEstimator:
         else:
             baseline = {"survivors": survivors, "group": finalists}[self.objective.baseline]
             advantages_N, known_N = self._advantages(scores, baseline)
-            taught = survivors
+            taught = baseline
         tally = self._metrics(rollout, survivors, finalists)
         if self.sharding.rank == 0:  # what all of them know is counted once
             finished = finalist_scores.group_N.unique()
             rewarded = scores.group_N[rewards_N.isfinite()].unique()
             tally.count("reward/skipped_groups", len(finished) - len(rewarded))
-            tally.count("advantage/zero_variance_groups", int((~taught.informative_P[finished]).sum()))
+            tally.count("advantage/zero_variance_groups", len(finished) - int(taught.informative_P[rewarded].sum()))
             if len(finished) < num_groups:
                 tally.count("rollout/stopped_groups", num_groups - len(finished))
         own_advantages_N = with_negative_weight(advantages_N[own], negative_weight)

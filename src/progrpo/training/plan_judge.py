@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
-from progrpo.config import Config, prompt_cost
+from progrpo.config import Config, compares_equal_members, prompt_cost
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.prune import Selector
@@ -142,11 +142,16 @@ class PlanJudge:
             return self._progress_per_second(signal(candidate), candidate, probed_steps, noise)
 
         plain, now = rate(none), rate(plan)
-        rates = {candidate: rate(candidate) for candidate in self.config.plan.candidates(plan, steps)} or {plan: now}
+        rates = {candidate: rate(candidate) for candidate in self._candidates(plan)} or {plan: now}
         leader = max(rates, key=lambda candidate: rates[candidate])
         best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
         ratio = signal(best) / signal(plan) if members else 1.0
         return Verdict(now / plain, best, path(best), value / plain, ratio, self._reasons(none, noise_scale))
+
+    def _candidates(self, plan: Plan) -> Iterator[Plan]:
+        """The plans that may take the place of `plan`, none of which compares equal members."""
+        candidates = self.config.plan.candidates(plan, self.config.sampling.num_inference_steps)
+        return (candidate for candidate in candidates if not compares_equal_members(self.config, candidate))
 
     def _reasons(self, plain: Plan, noise_scale: float | None) -> str:
         assert self.units is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from progrpo.config import Config, resolve_plan
-from progrpo.rollout.plan import path as plan_path
+from progrpo.rollout.plan import Plan, path
 from progrpo.rollout.probe import Probe, probe_examples, trusted_steps
 from progrpo.tracking.console import Console
 from progrpo.tracking.records import Metrics, metric
@@ -21,10 +21,10 @@ from progrpo.types import Cost, Rollout
 
 @dataclass(frozen=True)
 class PlanStanding:
-    """The value of the plan that was judged last, None before that, and the path of the plan in force."""
+    """The value of the plan that was judged last, None before that, and the plan in force."""
 
     value: float | None
-    path: list[int]
+    plan: Plan
 
 
 class PlanMonitor:
@@ -49,7 +49,7 @@ class PlanMonitor:
     @property
     def standing(self) -> PlanStanding:
         """The plan in force and its value."""
-        return PlanStanding(self.plan_value, plan_path(self.plan))
+        return PlanStanding(self.plan_value, self.plan)
 
     @property
     def probed_steps(self) -> frozenset[int]:
@@ -86,8 +86,8 @@ class PlanMonitor:
         if not self.is_audit_due(iteration):
             return {}
         correlations = [metric(metrics, name) for name in metrics if name.startswith("preview/rank_correlation@")]
-        metrics |= self._judge_plan(audit, totals, noise_scale)
         self._self_checks.check_agreement(iteration + 1, self._ranks.gather([correlations])[0])
+        metrics |= self._judge_plan(audit, totals, noise_scale)
         return metrics
 
     def _agreement(self, audit: Audit) -> Metrics:
@@ -128,6 +128,8 @@ class PlanMonitor:
         verdict = self._ranks.gather([verdict])[0]
         if verdict is None:
             return {}
+        if verdict.plan != self.plan:
+            self._self_checks.forget_agreement()
         self.plan = verdict.plan
         noise_scale.change_signal(verdict.signal_ratio)
         self.plan_value = verdict.plan_value
@@ -138,20 +140,20 @@ class PlanMonitor:
         """Say which plan has taken over, or warn of a plan whose pruning has turned out not to be worth its time."""
         value = self.plan_value
         prunes = self.plan.survivors < self.plan.group_size
-        path = plan_path(self.plan)
-        if self._config.plan.follows_audits and path != before.path:
+        numbers = " -> ".join(map(str, path(self.plan)))
+        if self._config.plan.follows_audits and self.plan != before.plan:
             points = [f"{point.keep} after step {point.step}" for point in self.plan.active_points()]
             if self.plan.final_keep is not None:
                 points.append(f"{self.plan.final_keep} by final rewards")
             assert self.verdict is not None, "only a verdict changes the plan"
             console.say(
-                f"plan: groups of {' -> '.join(map(str, path))} from here on ({', '.join(points) or 'not pruned'}):"
+                f"plan: groups of {numbers} from here on ({', '.join(points) or 'not pruned'}):"
                 f" {self.verdict.next_value:.2f} x the expected progress a second of plain groups of 24, since"
                 f" {self.verdict.reasons}"
             )
         elif prunes and value is not None and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
-                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the progress a second of"
+                f"the plan {numbers} is expected to bring {value:.2f} x the progress a second of"
                 " plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or take plan.preset"
                 " auto"
             )
@@ -169,6 +171,8 @@ class PlanMonitor:
         follows, same_group = self._config.plan.follows_audits, plan.group_size == self.plan.group_size
         if follows and (same_group or self._config.plan.preset == "auto"):
             self.plan = plan
+        if self.plan != plan:
+            self._self_checks.forget_agreement()
         self.judge.load_state_dict(state["judge"])
         if self.probe is not None and state["probe"] is not None:
             self.probe.load_state_dict(state["probe"])

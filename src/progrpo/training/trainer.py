@@ -197,8 +197,8 @@ class Trainer:
         self.learner.load_state_dict(state)
         self.order.load_state_dict(state["order"])
         self.totals.load_state_dict(state["totals"])
-        self.plan_monitor.load_state_dict(state)
         self.checks.load_state_dict(state["checks"])
+        self.plan_monitor.load_state_dict(state)  # forgets checks of another plan
         self.iteration = state["iteration"]
 
 

@@ -106,6 +106,10 @@ class SelfChecks:
                 " are still pictures"
             )
 
+    def forget_agreement(self) -> None:
+        """Begin the check of agreements anew: those at other prune points do not compare."""
+        self._agreements = []
+
     def state_dict(self) -> SelfChecksState:
         return {
             "skipped": self._skipped,
