@@ -158,6 +158,7 @@ MAIN = (
     *PLAIN,
     *("posthoc 12", "posthoc 6", "furthest 6, group"),
     *("12 after 8", "6 after 8", "12 after 4", "6 after 4"),
+    *("6 of 12 after 8", "standard"),
 )
 # The learning rates of each objective; windows are of three steps
 OBJECTIVES: dict[str, tuple[float, ...]] = {
