@@ -112,8 +112,8 @@ class Choice:
         return cost.nfe / STEPS + REWARD * cost.reward_calls + ratio * cost.trained_steps
 
 
-def pruned(step: int, keep: int) -> Plan:
-    return Plan(GROUP, (PrunePoint(step, keep),))
+def pruned(step: int, keep: int, group: int = GROUP) -> Plan:
+    return Plan(group, (PrunePoint(step, keep),))
 
 
 def posthoc(keep: int) -> Plan:
@@ -138,6 +138,9 @@ CHOICES: dict[str, Choice] = {
     "uniform 12 after 4": Choice(pruned(4, 12), "uniform"),
     "standard": Choice(preset("standard", STEPS)),
     "flash": Choice(preset("flash", STEPS)),
+    "6 of 12 after 8": Choice(pruned(8, 6, 12)),
+    "8 of 16 after 8": Choice(pruned(8, 8, 16)),
+    "12 of 48 after 8": Choice(pruned(8, 12, 48)),
 }
 AUTO = {ratio: f"auto, R {ratio:g}" for ratio in RATIOS}
 FIXED = dict(CHOICES)
@@ -155,6 +158,7 @@ MAIN = (
     *PLAIN,
     *("posthoc 12", "posthoc 6", "furthest 6, group"),
     *("12 after 8", "6 after 8", "12 after 4", "6 after 4"),
+    *("6 of 12 after 8", "standard"),
 )
 # The learning rates of each objective; windows are of three steps
 OBJECTIVES: dict[str, tuple[float, ...]] = {
