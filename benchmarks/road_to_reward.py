@@ -64,10 +64,14 @@ DGPO = changed(
     },
 )
 HALF: Changes = {"plan": {"group_size": GROUP, "final_keep": 12}}
+LATE: Changes = {"plan": {"group_size": 12, "prune": [[4, 6]]}}
 GROUP_STATISTICS: Changes = {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}}
 DGPO_ARMS: dict[str, Changes] = {
     "dgpo, plain 12": DGPO,
     "dgpo, 12 of 24 after 2": changed(DGPO, {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}),
+    "dgpo, 6 of 12 after 4": changed(DGPO, LATE),
+    "dgpo, plain 6": changed(DGPO, {"plan": {"group_size": 6}}),
+    "dgpo, uniform 6 of 12 after 4": changed(DGPO, changed(LATE, {"plan": {"selector": "uniform"}})),
     "dgpo, furthest 12 of 24": changed(DGPO, changed(HALF, GROUP_STATISTICS)),
     "dgpo, posthoc 12 of 24": changed(DGPO, HALF),
     "dgpo, plain 24": changed(DGPO, {"plan": {"group_size": GROUP}}),
@@ -84,16 +88,19 @@ GRPO_ARMS: dict[str, Changes] = {
     "plain 24": SHORT,
     "plain 12": changed(SHORT, {"plan": {"group_size": 12}}),
     "posthoc 12 of 24": changed(SHORT, HALF),
-    "12 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 12]]}}),
-    "6 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 6]]}}),
-    "uniform 12 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 12]], "selector": "uniform"}}),
+    "12 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 12]]}}),
+    "plain 6": changed(SHORT, {"plan": {"group_size": 6}}),
+    "6 of 12 after 4": changed(SHORT, LATE),
+    "6 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 6]]}}),
+    "uniform 12 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 12]], "selector": "uniform"}}),
     "plain 24, KL 0.04": changed(SHORT, {"objective": {"name": "grpo", "grpo": {"kl_beta": 0.04}}}),
     "plain 24, CPS": changed(SHORT, {"sampling": {"sampler": "cps"}}),
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
     "first 3 steps, plain 24": FIRST_3,
-    "first 3 steps, 12 of 24 after 3": FIRST_3_PRUNED,
+    "first 3 steps, 12 of 24 after 2": FIRST_3_PRUNED,
+    "first 3 steps, 6 of 12 after 4": changed(FIRST_3, LATE),
     "first 3 steps, LoRA, plain 24": changed(FIRST_3, LORA),
-    "first 3 steps, LoRA, 12 of 24 after 3": changed(FIRST_3_PRUNED, LORA),
+    "first 3 steps, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
 }
 
 

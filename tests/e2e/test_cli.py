@@ -207,7 +207,7 @@ def test_mistakes_are_refused_in_one_sentence(capsys, args, message):
         ),
         (
             ("plan", "smoke", "--plan", "flsh"),
-            "plan.preset must be one of standard, flash, posthoc, none, sd14",
+            "plan.preset must be one of late, standard, flash, posthoc, none, sd14",
         ),
         (("pretrain", "shapes"), "shapes-flow"),
         (("sample", "shapes-flow"), "--prompt"),

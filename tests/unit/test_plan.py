@@ -31,6 +31,7 @@ def summarised(plan: Plan, guidance: bool, ode_steps: int = 1, prompts: int = 1)
 @pytest.mark.parametrize(
     ("name", "steps", "nfe", "decodes", "survivors"),
     [
+        ("late", 10, 12 * 9 + 6, 18, 6),
         ("standard", 10, 48 * 6 + 24 * 2 + 12 * 2, 84, 12),
         ("flash", 10, 200, 52, 12),
         ("posthoc", 10, 240, 24, 12),
@@ -83,6 +84,10 @@ def test_prediction_is_what_a_run_counts(name, steps):
 @pytest.mark.parametrize(
     ("name", "steps", "expected"),
     [
+        ("late", 2, [0]),  # one call is left to save, however few there are
+        ("late", 4, [2]),
+        ("late", 6, [4]),
+        ("late", 28, [24]),
         ("standard", 20, [11, 15]),
         ("standard", 50, [29, 39]),
         ("standard", 8, [4, 5]),
@@ -98,7 +103,7 @@ def test_presets_move_to_the_same_share_of_the_calls(name, steps, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("standard", 1), ("standard", 2), ("standard", 3), ("sd14", 3), ("flash", 0)]
+    ("name", "steps"), [("late", 1), ("standard", 1), ("standard", 2), ("standard", 3), ("sd14", 3), ("flash", 0)]
 )
 def test_presets_need_enough_steps(name, steps):
     with pytest.raises(ValueError, match=f"num_inference_steps={steps} is too few for the plan preset '{name}'"):
@@ -106,7 +111,7 @@ def test_presets_need_enough_steps(name, steps):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="'fast' is unknown; choose one of standard, flash"):
+    with pytest.raises(ValueError, match="'fast' is unknown; choose one of late, standard, flash"):
         preset("fast", 10)
 
 

@@ -32,7 +32,7 @@ def lora_to_train_further(setting: Setting) -> Outcome:
     )
 
 
-def group_outcome(size: object, pairs: bool, note: str = "no pruning; --plan.preset standard prunes") -> Outcome:
+def group_outcome(size: object, pairs: bool, note: str = "no pruning; --plan.preset late prunes") -> Outcome:
     """The outcome of a group's size, without pruning. Where `pairs` are learnt, they are a group's best and worst."""
     fields: dict[str, object] = {"plan.preset": "custom", "plan.group_size": size}
     if not pairs:

@@ -187,10 +187,12 @@ def _require_step(step: int, previous: int, num_inference_steps: int) -> None:
         )
 
 
-# A plan and the number of steps it was made for. From Pro-GRPO (arXiv 2512.15347): standard and flash for SD3.5-M,
-# against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling. A run
-# with `auto` begins as `none`.
+# A plan and the number of steps it was made for. `late` is ours: on a toy flow it was faster than the best plain group
+# whatever training cost (docs/results/when_pruning_pays.md). From Pro-GRPO (arXiv 2512.15347): standard and flash for
+# SD3.5-M, against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling.
+# A run with `auto` begins as `none`.
 PRESETS: dict[str, tuple[Plan, int]] = {
+    "late": (Plan(12, (PrunePoint(8, 6),)), 10),
     "standard": (Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12))), 10),
     "flash": (Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))), 10),
     "posthoc": (Plan(24, final_keep=12), 10),
@@ -201,14 +203,15 @@ PRESETS: dict[str, tuple[Plan, int]] = {
 
 
 def _moved(point: PrunePoint, from_steps: int, to_steps: int) -> PrunePoint:
-    calls = max(1, round((point.step + 1) * to_steps / from_steps))
+    calls = min(max(1, round((point.step + 1) * to_steps / from_steps)), to_steps - 1)
     return replace(point, step=calls - 1)
 
 
 def preset(name: str, num_inference_steps: int) -> Plan:
-    """The plan of that name, each point moved to the same share of the network calls (rounded, at least one call).
+    """The plan of that name, each point moved to the same share of the network calls.
 
-    Raises ValueError for an unknown name, and where the steps are so few that points meet or fall on the last call.
+    The share is rounded, to one call or more, and short of the last. Raises ValueError for an unknown name, and where
+    the steps are so few that points meet or no call is left to save.
     """
     if name not in PRESETS:
         raise ValueError(f"plan preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")

@@ -109,7 +109,7 @@ def updates(setting: Setting) -> int:
 
 def group_size(setting: Setting) -> Outcome:
     size = setting.count() * _count_or_one(setting, REPEATS)
-    return group_outcome(size, is_dpo(setting), "plain GRPO; --plan.preset standard prunes")
+    return group_outcome(size, is_dpo(setting), "plain GRPO; --plan.preset late prunes")
 
 
 def accumulation(setting: Setting) -> Outcome:

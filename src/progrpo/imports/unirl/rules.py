@@ -122,7 +122,7 @@ RULES: dict[str, Rule] = {
     "sampling.num_frames": outcomes.frames,
     "sampling.eta": outcomes.noise,
     "sampling.samples_per_prompt": lambda s: to_fields(
-        {"plan.preset": "custom", "plan.group_size": s.value}, "no pruning; --plan.preset standard prunes"
+        {"plan.preset": "custom", "plan.group_size": s.value}, "no pruning; --plan.preset late prunes"
     ),
     "sampling.seed": to_field("seed"),
     "sampling.init_same_noise": lambda s: (
