@@ -27,6 +27,8 @@ EXEMPT = "zoo"
 """The room whose pretraining scripts may have more parameters."""
 OPENINGS = ("Of ", "As ", "That ", "Says ", "Said ", "Those ", "The same", "Its ", "Their ", "Where ", "By ")
 """First words of docstrings that name no subject and give no order."""
+THIRD_PERSON = re.compile(r"[A-Z][a-z]*[a-rtv-z]s (a|an|the|each|every|what) |(Compares|Multiplies|Samples) ")
+"""The beginnings of docstrings whose subject is left out: a verb in the third person and its object."""
 PRIVATE_WORDS = ("told", "found", "wanted", "how")
 """Names of variables that say nothing about what they hold."""
 STARTS = 7
@@ -159,7 +161,7 @@ def measure(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         f"{place} {text.splitlines()[0][:60] if text else ''}"
         for file, tree in trees.items()
         for place, text in docstrings(file, tree, root)
-        if text.startswith(OPENINGS)
+        if text.startswith(OPENINGS) or THIRD_PERSON.match(text)
     ]
     long_lists = [
         f"{function.place}: {function.parameters}" for function in counted if function.parameters > MOST_PARAMETERS

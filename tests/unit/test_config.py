@@ -554,6 +554,10 @@ def test_the_learning_rate_rises_stays_and_falls():
         ({"plan": {"keep_groups": 12}}, "plan.keep_groups must be below the 12 prompts of an iteration"),
         ({"plan": {"preset": "posthoc", "keep_groups": 2}}, "keep_groups must go with a prune point"),
         ({"plan": {"keep_groups": 2, "adaptive": True}}, "plan.keep_groups must be empty for plan.adaptive"),
+        (
+            {"plan": {"preset": "auto", "keep_groups": 2}},
+            "plan.keep_groups must be empty for plan.preset auto: plans are judged by one group",
+        ),
         ({"plan": {"keep_groups": 2}, "reward": {"waves": 2}}, "plan.keep_groups must be empty for reward.waves"),
         ({"plan": {"keep_groups": 2}, "preview": {"probe": True}}, "plan.keep_groups must be empty for preview.probe"),
         (

@@ -270,6 +270,13 @@ def test_the_plan_that_is_taken_is_worth_at_least_as_much():
             assert after.plan_value > 1.02 * before.plan_value  # else it is no reason to change
 
 
+def test_a_baseline_of_the_full_group_has_no_verdict():
+    posthoc = preset("posthoc", STEPS)
+    for baseline in ("survivors", "group"):
+        judge = judged(config(objective=ObjectiveSettings(baseline=baseline)), *[flat(0.7)] * 3)
+        assert (judge.verdict(posthoc, OVF, NOWHERE) is None) == (baseline == "group")
+
+
 def test_costs_of_a_prompt_are_the_plans_own():
     assert prompt_cost(config(), FLASH) == FLASH.predict(STEPS, STEPS - 1, False)
 

@@ -31,12 +31,15 @@ class NFT:
     def clip_range(self) -> float | None:
         return None
 
+    @property
+    def _draws(self) -> Draws:
+        return Draws(self.settings.draws, self.settings.time_fraction)
+
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
         return experience  # the weights `old` change only after the updates
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        draws = Draws(self.settings.draws, self.settings.time_fraction)
-        noised = NoisedLatents.gather(policy, experience, items_B, draws)
+        noised = NoisedLatents.gather(policy, experience, items_B, self._draws)
         v_old = noised.predict_with(policy, "old")
         v_ref = noised.predict_with(policy, "reference") if self.settings.kl_beta > 0 else None
         v = noised.predict(policy)

@@ -52,7 +52,7 @@ class MPLUGOwl2(LlamaForCausalLM):
     before: Sequence[int] = ()
     """The question's tokens before the picture."""
     after: Sequence[int] = ()
-    """Those after it."""
+    """The question's tokens after it."""
 
     def __init__(self, config: MPLUGOwl2Config) -> None:
         super().__init__(config)

@@ -51,8 +51,8 @@ class Simulation:
     """
 
     previews_PGT1: Tensor
-    _living: dict[tuple[tuple[int, int], ...], Tensor] = field(default_factory=dict)
-    """The members left after some points: plans share their beginnings."""
+    _living: dict[tuple[int, tuple[tuple[int, int], ...]], Tensor] = field(default_factory=dict)
+    """The members of a group left after some points, by their places: plans share their beginnings."""
 
     @classmethod
     def of(
@@ -87,23 +87,27 @@ class Simulation:
         points = [(point.step, point.keep) for point in plan.active_points()]
         if plan.final_keep is not None:
             points.append((-1, plan.final_keep))
-        kept = self._after(plan.group_size, tuple(points), selector)
-        std_P = kept[:, :, -1].std(dim=1, correction=0)
+        members_PK = self._after(plan.group_size, tuple(points), selector)
+        std_P = self._scores(members_PK, -1).std(dim=1, correction=0)
         teaching = int((std_P > _EQUAL).sum())  # a group whose rewards are equal adds neither signal nor noise
-        value: float = kept.shape[1] * std_P.sum().item() ** 2 / (len(std_P) * max(1, teaching))
+        value: float = members_PK.shape[1] * std_P.sum().item() ** 2 / (len(std_P) * max(1, teaching))
         return round(value, 9)  # sums go by how memory lies, and must not make two equal runs differ
 
     def _after(self, group_size: int, points: tuple[tuple[int, int], ...], selector: Selector) -> Tensor:
+        """The members of each group that are left after some points, by their places (P, K)."""
         if not points:
-            return self.previews_PGT1[:, :group_size]
-        key = ((group_size, 0), *points)
-        if key not in self._living:
-            living = self._after(group_size, points[:-1], selector)
-            step, keep = points[-1]
-            scores_PG, seeds_P = living[:, :, step], torch.arange(len(living))
-            chosen_PK = selector(scores_PG, keep, torch.ones_like(scores_PG, dtype=torch.bool), seeds_P).indices_PK
-            self._living[key] = living.gather(1, chosen_PK[..., None].expand(-1, -1, living.shape[2]))
-        return self._living[key]
+            return torch.arange(group_size).expand(len(self.previews_PGT1), -1)
+        beginning = (group_size, points[:-1])
+        if beginning not in self._living:
+            self._living[beginning] = self._after(*beginning, selector)
+        living_PG = self._living[beginning]
+        step, keep = points[-1]
+        scores_PG, seeds_P = self._scores(living_PG, step), torch.arange(len(living_PG))
+        chosen_PK = selector(scores_PG, keep, torch.ones_like(scores_PG, dtype=torch.bool), seeds_P).indices_PK
+        return living_PG.gather(1, chosen_PK)
+
+    def _scores(self, members_PK: Tensor, step: int) -> Tensor:
+        return self.previews_PGT1[:, :, step].gather(1, members_PK)
 
 
 @dataclass(frozen=True)

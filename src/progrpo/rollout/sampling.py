@@ -32,7 +32,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to denoise: the process of T steps, the settings that it follows, and what is stored.
+    """The process of T steps by which trajectories are denoised, the settings that it follows, and what is stored.
 
     Only stochastic steps have transitions. Latents are rounded to `latent_dtype` before their log-probs are computed,
     and can therefore be stored in it. At the first `shared_calls` network calls the members of a group are equal, so
@@ -108,7 +108,7 @@ def stochastic_step(settings: SamplingSettings, policy: Policy) -> StochasticSte
 
 
 def sampling_for(policy: Policy, settings: SamplingSettings, stochastic: range, record: Record) -> Sampling:
-    """How a policy samples with noise at the `stochastic` steps.
+    """The sampling of a policy with noise at the `stochastic` steps.
 
     ValueError for guidance that this model does not have, and for a stored step without noise or length.
     """

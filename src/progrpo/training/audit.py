@@ -95,7 +95,7 @@ class Audit:
 
 
 class GroupWatch:
-    """Previews the group of a slot after every network call. Sampling goes on as it would without.
+    """The previews of a slot's group after every network call. Sampling goes on as it would without.
 
     `meter` counts what the previews take.
     """

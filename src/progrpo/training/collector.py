@@ -42,7 +42,10 @@ class Batch:
 
 
 class Collector:
-    """Samples by the plan in force. `microbatch` is the number of rows of a call, halved where memory runs out."""
+    """The sampling of rollouts and audits by the plan in force.
+
+    `microbatch` is the number of rows of a call, halved where memory runs out.
+    """
 
     def __init__(
         self,

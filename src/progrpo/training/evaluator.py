@@ -37,7 +37,7 @@ def evaluation_metrics(result: Evaluation, stage: str, kl: float | None = None) 
 
 
 class Evaluator:
-    """Measures a run's model on held-out prompts, keeps its best weights, and watches for reward hacking."""
+    """The evaluations of a run's model on held-out prompts, its best weights, and the watch for reward hacking."""
 
     def __init__(self, trainer: Trainer, held_out: HeldOut, folder: RunFolder, notices: Notices) -> None:
         self.best: Best | None = None

@@ -30,7 +30,7 @@ CURRENT = "current"
 
 
 class Learner:
-    """Holds the objective and the optimizer of a policy, and the averages of its weights.
+    """The objective and the optimizer of a policy, and the averages of its weights.
 
     `reward_weights` are the weights of the mixed rewards, by name.
     """

@@ -19,10 +19,11 @@ class LossScaleState(TypedDict, total=False):
 
 
 class LossScale:
-    """Multiplies losses and divides gradients by a power of two, as `torch.amp.GradScaler` does (arXiv 1710.03740).
+    """A power of two by which losses are multiplied and gradients divided, as by `torch.amp.GradScaler`.
 
-    The mean of a loss over thousands of items and latent dims has gradients below float16's smallest number. The scale
-    is halved where a gradient overflows and doubled after 50 updates without an overflow. It is 1 unless `enabled`.
+    The mean of a loss over thousands of items and latent dims has gradients below float16's smallest number (arXiv
+    1710.03740). The scale is halved where a gradient overflows and doubled after 50 updates without an overflow. It is
+    1 unless `enabled`.
     """
 
     def __init__(self, enabled: bool = False) -> None:

@@ -9,7 +9,7 @@ from progrpo.tracking.console import Console
 
 
 class Notices:
-    """Prints each warning of a run once, and keeps it."""
+    """The warnings of a run, each printed once and kept."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

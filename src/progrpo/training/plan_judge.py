@@ -118,12 +118,16 @@ class PlanJudge:
     ) -> Verdict | None:
         """The judgement of a plan, None before enough audits; a probe ranks at the `probed_steps`.
 
-        None also where whole groups stop: an audit has one, and does not say how groups differ. `noise_scale` is that
-        of gradients under this plan, in prompts; None, where it is not known, is a large one. `own_direction` is the
-        noise of prompts' own directions over that of their members under this plan, 0 where it is not known. Neither is
-        of use where the plan is expected to teach nothing.
+        None also where whole groups stop: an audit has one, and does not say how groups differ. None as well where
+        advantages are taken over the full group, since the signal is that of the survivors' own std.
+
+        `noise_scale` is that of gradients under this plan, in prompts; None, where it is not known, is a large one.
+        `own_direction` is the noise of prompts' own directions over that of their members under this plan, 0 where it
+        is not known. Neither is of use where the plan is expected to teach nothing.
         """
-        if self.units is None or len(self._finals) < _AUDITS or plan.keep_groups is not None:
+        if plan.keep_groups is not None or self.config.objective.baseline == "group":
+            return None
+        if self.units is None or len(self._finals) < _AUDITS:
             return None
         steps = self.config.sampling.num_inference_steps
         none = preset("none", steps)

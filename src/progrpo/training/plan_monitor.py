@@ -28,7 +28,7 @@ class PlanStanding:
 
 
 class PlanMonitor:
-    """Holds the plan in force, alike in all processes, and learns from audits how well previews rank.
+    """The keeper of the plan in force, which is alike in all processes. From audits it learns how well previews rank.
 
     The main process makes the audits, and the others hear of them.
     """

@@ -29,7 +29,7 @@ _TEST_PICTURES, _TEST_COLUMNS = 36, 6  # of the grid of an evaluation's pictures
 
 
 class Recorder:
-    """Writes what a run leaves. Only the main process writes, and it has the folder's `lock`."""
+    """The writer of what a run leaves. Only the main process writes, and it has the folder's `lock`."""
 
     def __init__(self, folder: RunFolder, lock: Lock | None, ranks: Ranks, notices: Notices) -> None:
         self.folder = folder

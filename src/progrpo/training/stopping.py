@@ -19,8 +19,9 @@ _UNLESS_TAKEN = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Stop:
-    """Notes the first of these signals while it is entered, and prints what will happen. A SIGINT after it ends the run
-    at once.
+    """A context that notes the first of these signals and prints what will happen.
+
+    A SIGINT after that ends the run at once.
 
     A SIGHUP that is ignored, as under nohup, stays ignored, and a user's own handler for a queue's notice stays in
     place. In another thread than the main one, where Python cannot handle signals, nothing is noted.

@@ -80,7 +80,7 @@ class Totals:
 
 
 class FailureCounter:
-    """Collects the failures of the trained reward over all processes into the run's totals, and limits them."""
+    """The failures of the trained reward over all processes, added to the run's totals and limited."""
 
     def __init__(self, reward: RewardMixture, totals: Totals, ranks: Ranks, max_missing: float) -> None:
         self._reward = reward

@@ -45,7 +45,10 @@ class Iteration:
 
 
 class Trainer:
-    """Trains a policy. All that changes is in `state_dict`; noise and windows follow from the iteration's number."""
+    """The trainer of a policy.
+
+    All that changes is in `state_dict`; noise and windows follow from the iteration's number.
+    """
 
     def __init__(self, config: Config, policy: Policy, reward: RewardMixture, order: PromptOrder, ranks: Ranks) -> None:
         _check_processes(config, reward, ranks)

@@ -106,7 +106,7 @@ class _Gradient:
 
 
 class Updater:
-    """Changes a policy's weights by an objective and an optimizer, together with all processes.
+    """The updates of a policy's weights by an objective and an optimizer, together with all processes.
 
     `microbatch` is the number of items of a pass, halved where memory runs out.
     """
@@ -135,8 +135,8 @@ class Updater:
         A step whose loss or gradient is not finite is not taken, and only counted. Where a scaled gradient alone
         overflows, all processes compute it again at half the loss scale.
 
-        The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage
-        count in that mean but are not computed: their group has no variance and teaches nothing.
+        The loss is the mean over the trajectories of all processes and their items. Trajectories whose advantage is 0
+        are not computed: they count in the mean, and get neither a gradient nor a KL term.
         """
         tally = Tally()
         items = 0

@@ -27,7 +27,10 @@ class SelfChecksState(TypedDict):
 
 
 class SelfChecks:
-    """Stops a run that goes on without learning. Every process passes the same values, and so decides the same."""
+    """The checks that stop a run which goes on without learning.
+
+    Every process passes the same values, and so decides the same.
+    """
 
     def __init__(self, settings: WatchSettings) -> None:
         self._settings = settings
@@ -168,7 +171,7 @@ class HackingWatchState(TypedDict):
 
 
 class HackingWatch:
-    """Compares evaluations of the same prompts and noise: does the trained reward rise while witnesses fall?
+    """A comparison of evaluations of the same prompts and noise: does the trained reward rise while witnesses fall?
 
     A witness (a judge, a held-out reward) is compared with the evaluation at which it was best; both differences must
     be more than two standard errors, picture by picture. While the reward is higher than at the first evaluation, the
