@@ -15,7 +15,8 @@ command goes on. An arm's rate is the one that was run with the most seeds.
 The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
 seconds of one core: the mean over the seeds that gain it. Curves are smoothed over three evaluations.
 `flipped_reward:FlippedStrict` is the strict verdict of which a fifth is wrong; its runs are measured by the right
-verdict. """
+verdict.
+"""
 
 from __future__ import annotations
 
