@@ -345,6 +345,9 @@ def main() -> None:
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
     options = parser.parse_args()
     quiet()
+    known = plans(config_for(options).sampling.num_inference_steps)
+    for name in set(options.plans or ()) - set(known):
+        parser.error(f"--plans: {name!r} is unknown; choose of {', '.join(known)}")
     results = measure(options)
     content = json.dumps({**vars(options), "torch": torch.__version__, **results}, indent=1) + "\n"
     if options.json not in (None, "-"):

@@ -13,8 +13,9 @@ before it begins. Learning rates fall to zero over that length. Runs in `--out` 
 command goes on. An arm's rate is the one that was run with the most seeds.
 
 The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
-seconds of one core. A curve is smoothed over three evaluations. `flipped_reward:FlippedStrict` is the strict verdict of
-which a fifth is wrong; its runs are measured by the right verdict.
+seconds of one core: the mean over the seeds that gain it. Curves are smoothed over three evaluations.
+`flipped_reward:FlippedStrict` is the strict verdict of which a fifth is wrong; its runs are measured by the right
+verdict.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     """A row per arm."""
     reference = curves_of(results, study.reference)
     base = mean(curve[0]["reward"] for curve in reference)
-    final = mean(curve[-1]["reward"] for curve in reference)
+    final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in reference)
     lines = [
         "| arm | seeds | updates | reward | strict | judge | diversity | distance | gradient"
         " | core seconds to 50 / 75 / 100 % |",

@@ -112,6 +112,9 @@ UNET = changed(GROUPS, {**FORMER, "iterations": 50, "model": {"path": "shapes-di
 
 TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
+    # as much work in smaller groups: half of twelve stopped before the last call, or six from the start
+    "quickstart, late": changed(TODAY, {"iterations": 330, "plan": {"prune": [[4, 6]]}}),
+    "quickstart, groups of six": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}}),
     "quickstart, own deviations": GROUPS,
     "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),
     "quickstart, half the weight for negatives": changed(GROUPS, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
