@@ -99,6 +99,7 @@ GRPO_ARMS: dict[str, Changes] = {
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
     "first 3 steps, plain 24": FIRST_3,
     "first 3 steps, 12 of 24 after 2": FIRST_3_PRUNED,
+    "first 3 steps, plain 6": changed(FIRST_3, {"plan": {"group_size": 6}}),
     "first 3 steps, 6 of 12 after 4": changed(FIRST_3, LATE),
     "first 3 steps, LoRA, plain 24": changed(FIRST_3, LORA),
     "first 3 steps, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
