@@ -45,7 +45,7 @@ MEASURES = {"flipped_reward:FlippedStrict": "shapes_strict"}
 INK, QUIET = (40, 44, 52), (128, 134, 144)
 COLOURS = (
     *((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50)),
-    *((20, 150, 170), (160, 120, 40), (90, 100, 110)),
+    *((20, 150, 170), (160, 120, 40), (90, 100, 110), (230, 90, 160), (110, 170, 30), (70, 60, 160)),
 )
 
 PLAIN: Changes = {
@@ -228,7 +228,7 @@ def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
         draw.line((left, y, left + width, y), fill=(225, 228, 232))
         draw.text((8, y - 7), f"{value:.3f}", fill=QUIET, font=font)
     shown = [(arm, runs) for arm, runs in curves.items() if runs]
-    for place, ((arm, runs), colour) in enumerate(zip(shown, COLOURS, strict=False)):
+    for place, ((arm, runs), colour) in enumerate(zip(shown, COLOURS[: len(shown)], strict=True)):
         for curve in runs:
             draw.line([at(point) for point in curve], fill=colour, width=1)
         mean_of = [
