@@ -45,7 +45,7 @@ MEASURES = {"flipped_reward:FlippedStrict": "shapes_strict"}
 INK, QUIET = (40, 44, 52), (128, 134, 144)
 COLOURS = (
     *((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50)),
-    *((20, 150, 170), (160, 120, 40), (90, 100, 110)),
+    *((20, 150, 170), (160, 120, 40), (90, 100, 110), (230, 90, 160), (110, 170, 30), (70, 60, 160)),
 )
 
 PLAIN: Changes = {
@@ -99,6 +99,7 @@ GRPO_ARMS: dict[str, Changes] = {
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
     "first 3 steps, plain 24": FIRST_3,
     "first 3 steps, 12 of 24 after 2": FIRST_3_PRUNED,
+    "first 3 steps, plain 6": changed(FIRST_3, {"plan": {"group_size": 6}}),
     "first 3 steps, 6 of 12 after 4": changed(FIRST_3, LATE),
     "first 3 steps, LoRA, plain 24": changed(FIRST_3, LORA),
     "first 3 steps, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
@@ -227,7 +228,7 @@ def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
         draw.line((left, y, left + width, y), fill=(225, 228, 232))
         draw.text((8, y - 7), f"{value:.3f}", fill=QUIET, font=font)
     shown = [(arm, runs) for arm, runs in curves.items() if runs]
-    for place, ((arm, runs), colour) in enumerate(zip(shown, COLOURS, strict=False)):
+    for place, ((arm, runs), colour) in enumerate(zip(shown, COLOURS[: len(shown)], strict=True)):
         for curve in runs:
             draw.line([at(point) for point in curve], fill=colour, width=1)
         mean_of = [

@@ -112,9 +112,8 @@ UNET = changed(GROUPS, {**FORMER, "iterations": 50, "model": {"path": "shapes-di
 
 TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
-    # as much work in smaller groups: half of twelve stopped before the last call, or six from the start
+    # as much work: half of the twelve are stopped before the last call
     "quickstart, late": changed(TODAY, {"iterations": 330, "plan": {"prune": [[4, 6]]}}),
-    "quickstart, groups of six": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}}),
     "quickstart, own deviations": GROUPS,
     "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),
     "quickstart, half the weight for negatives": changed(GROUPS, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
