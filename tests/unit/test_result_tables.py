@@ -24,3 +24,45 @@ def test_the_table_of_stale_sampling_is_what_its_json_gives(monkeypatch: pytest.
     study = importlib.import_module("stale_sampling")
     results = ROOT / "docs/results/stale_sampling.json"
     assert study.page_table(json.loads(results.read_text())) in results.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("study", "reward"),
+    [
+        ("dgpo", "shapes_match"),
+        ("grpo", "shapes_match"),
+        ("dgpo", "shapes_strict"),
+        ("dgpo", "flipped_reward:FlippedStrict"),
+    ],
+)
+def test_the_tables_of_the_road_are_what_its_json_gives(
+    monkeypatch: pytest.MonkeyPatch, study: str, reward: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    road = importlib.import_module("road_to_reward")
+    results = ROOT / "docs/results/road_to_reward.json"
+    of_task = road.of_task(json.loads(results.read_text()), "shapes-flow", reward)
+    assert road.table(road.STUDIES[study], of_task) in results.with_suffix(".md").read_text()
+
+
+def test_the_trials_have_the_settings_that_they_were_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    search = importlib.import_module("search")
+    learning = ("iterations", "plan", "objective", "optim")
+    measured = ("microbatch", "offload_optimizer")  # how much at once, not what is learnt
+    for entry in json.loads((ROOT / "docs/results/search.json").read_text()):
+        trial = json.loads(json.dumps(search.changed(search.to_dict(search.Config()), search.TRIALS[entry["trial"]])))
+        for name in learning:
+            ran = entry["changes"].get(name, {})
+            now = trial[name]
+            fields = ran.items() if isinstance(ran, dict) else []
+            differ = {f: (v, now[f]) for f, v in fields if f not in measured and f in now and not _agree(v, now[f])}
+            assert not differ, (entry["trial"], name, differ)
+            assert isinstance(ran, dict) or ran == now, entry["trial"]
+
+
+def _agree(ran: object, now: object) -> bool:
+    """Whether settings of a run agree with those of a trial, which may have fields that did not exist then."""
+    if isinstance(ran, dict) and isinstance(now, dict):
+        return all(_agree(value, now[name]) for name, value in ran.items() if name in now)
+    return ran == now
