@@ -43,6 +43,8 @@ from when_pruning_pays import (
     Choice,
     batch_gradients,
     level_of,
+    posthoc,
+    pruned,
     reached_at,
     signal,
     toy_batches,
@@ -175,9 +177,8 @@ class Estimator(AdvantageEstimator):
             rollout = with_posterior(rollout)
         chance_N = None
         if trial.selector in FLOORS:
-            assert trial.keep is not None
             seen_N = rollout.previews[0].scores_N if rollout.previews else rollout.finalists.ranking_N
-            chance_PG = inclusion(seen_N.reshape(-1, GROUP), trial.keep, FLOORS[trial.selector])
+            chance_PG = inclusion(seen_N.reshape(-1, GROUP), trial.plan.survivors, FLOORS[trial.selector])
             chance_N = chance_PG[rollout.trajectories.group_N, rollout.trajectories.member_N]
         rule = replace(self, statistics=statistics_by_previews(rollout) if trial.by_previews else None)
         experience, tally = AdvantageEstimator.experience(rule, rollout, sampling, noise, negative_weight)
@@ -248,19 +249,19 @@ def _trials() -> dict[str, Trial]:
     trials = {"plain 24": Trial()}
     for keep in (12, 6):
         point = f"posthoc {keep}"
-        trials[f"{point}: ovf, survivors"] = Trial(keep=keep)
-        trials[f"{point}: ovf, group"] = Trial(keep=keep, baseline="group")
-        trials[f"{point}: furthest, group"] = Trial(keep=keep, selector="furthest", baseline="group")
-        trials[f"{point}: soft, group"] = Trial(keep=keep, selector="soft_ovf:soft", baseline="group")
+        trials[f"{point}: ovf, survivors"] = Trial(posthoc(keep))
+        trials[f"{point}: ovf, group"] = Trial(posthoc(keep), baseline="group")
+        trials[f"{point}: furthest, group"] = Trial(posthoc(keep), selector="furthest", baseline="group")
+        trials[f"{point}: soft, group"] = Trial(posthoc(keep), selector="soft_ovf:soft", baseline="group")
     for after in (8, 6):
         for keep in (12, 6):
             point = f"{keep} after {after}"
-            trials[f"{point}: ovf, survivors"] = Trial(keep=keep, after=after)
-            trials[f"{point}: ovf, previews"] = Trial(keep=keep, after=after, by_previews=True)
+            trials[f"{point}: ovf, survivors"] = Trial(pruned(after, keep))
+            trials[f"{point}: ovf, previews"] = Trial(pruned(after, keep), by_previews=True)
             if after == 6:
-                trials[f"{point}: uniform, survivors"] = Trial(keep=keep, after=after, selector="uniform")
+                trials[f"{point}: uniform, survivors"] = Trial(pruned(after, keep), selector="uniform")
             trials[f"{point}: soft, previews"] = Trial(
-                keep=keep, after=after, selector="soft_ovf:soft_floor", by_previews=True
+                pruned(after, keep), selector="soft_ovf:soft_floor", by_previews=True
             )
     return trials
 
@@ -273,7 +274,7 @@ def _noise_trials() -> dict[str, Trial]:
         ("trained by posterior", False, True),
         ("ranked and trained by posterior", True, True),
     ):
-        trials[f"posthoc 6: {name}"] = Trial(keep=6, ranks_posterior=ranks, trains_posterior=trains)
+        trials[f"posthoc 6: {name}"] = Trial(posthoc(6), ranks_posterior=ranks, trains_posterior=trains)
     return trials
 
 

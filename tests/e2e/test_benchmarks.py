@@ -85,7 +85,7 @@ def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeyp
     entry = survey.run(survey.pretrained(0), cell, 4e-3, 8, 0, goal=None)
     assert entry["spent"][-1] > entry["curve"][-1][0] * 8 and len(entry["plans"]) == len(entry["curve"])
     line = [(10 * i, float(i)) for i in range(6)]
-    assert survey.arrival(line, 2.5) == pytest.approx(25) and survey.arrival(line, 9.0) is None
+    assert survey.reached_at(line, 2.5) == pytest.approx(25) and survey.reached_at(line, 9.0) is None
 
 
 @pytest.mark.slow
