@@ -187,7 +187,7 @@ def _require_step(step: int, previous: int, num_inference_steps: int) -> None:
         )
 
 
-# A plan and the number of steps it was made for. `late` is ours: on a toy flow it was faster than the best plain group
+# A plan and the number of steps it was made for. `late` is ours: on a toy flow under GRPO it beat the best plain group
 # whatever training cost (docs/results/when_pruning_pays.md). From Pro-GRPO (arXiv 2512.15347): standard and flash for
 # SD3.5-M, against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling.
 # A run with `auto` begins as `none`.
