@@ -29,7 +29,7 @@ def version() -> str:
 
 
 def tag_faults(tag: str, changelog: str) -> Iterator[str]:
-    """What speaks against a tag: another number, no semantic version, or no dated section of the changelog."""
+    """The faults of a tag: another number, no semantic version, or no dated section of the changelog."""
     number = tag.removeprefix("v")
     if tag == number or not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", number):
         yield f"the tag {tag} is not vMAJOR.MINOR.PATCH, with a, b or rc and a number after it for a pre-release"
@@ -46,7 +46,7 @@ def contents(wheel: Path) -> dict[str, str]:
 
 
 def dist_faults(folder: Path) -> Iterator[str]:
-    """What speaks against the files of a folder: its sdist, its wheel, and `direct/`, a wheel of the sources."""
+    """The faults of a folder's files: its sdist, its wheel, and `direct/`, a wheel of the sources."""
     wheels, sdists = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
     if len(wheels) != 1 or len(sdists) != 1:
         yield f"{folder} holds {len(wheels)} wheels and {len(sdists)} sdists, not one of each"

@@ -31,7 +31,7 @@ LOG_PROB_CLIP, ADVANTAGE_CLIP = 1e-4, 5.0
 
 @dataclass(frozen=True)
 class Work:
-    """What both frameworks do: `iterations` of one group for each prompt, with one optimizer step each."""
+    """The work of both frameworks: `iterations` of one group for each prompt, with one optimizer step each."""
 
     model: str
     prompts: tuple[str, ...]

@@ -162,7 +162,7 @@ class Bench:
 
 
 def trained() -> dict[str, float]:
-    """How far tiles change pictures of the trained `shapes-flow` (64 pixels, tiles of 32), and whom its plan keeps."""
+    """The effect of tiles (32 of 64 pixels) on the pictures and the plan's choice of the trained `shapes-flow`."""
     prompts, plan = world.sample_prompts("validation", 8, seed=0), Plan(12, (PrunePoint(2, 8), PrunePoint(4, 6)))
     rewards = load_mixture([RewardTerm("shapes_match")], frames=1)
     kept: list[set[tuple[int, int]]] = []
@@ -188,7 +188,7 @@ def trained() -> dict[str, float]:
 
 
 def planned(model: NarrowModel, side: int) -> dict[str, Any]:
-    """What `progrpo plan` says of the published model at this size: PFLOP of an iteration, and GB of decoding."""
+    """The figures of `progrpo plan` for the published model at this size: PFLOP of an iteration, and GB of decoding."""
     figures: dict[str, Any] = {}
     for decoding in ("whole", "sliced", "tiled"):
         plan = estimate(model.config(side, decoding), "h100", 0.35, 1)
@@ -285,7 +285,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 Entries = Mapping[str, dict[str, Any]]
-"""What was measured, by model and size."""
+"""The measurements, by model and size."""
 
 
 def _parts(entries: Entries) -> str:

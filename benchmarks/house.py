@@ -25,7 +25,10 @@ COLUMNS = 120
 MOST_PARAMETERS = 6
 EXEMPT = "zoo"
 """The room whose pretraining scripts may have more parameters."""
-OPENINGS = ("Of ", "As ", "That ", "Says ", "Said ", "Those ", "The same", "Its ", "Their ", "Where ", "By ")
+OPENINGS = (
+    *("Of ", "As ", "That ", "Says ", "Said ", "Those ", "The same", "Its ", "Their ", "Where ", "By "),
+    *("What ", "How "),
+)
 """First words of docstrings that name no subject and give no order."""
 THIRD_PERSON = re.compile(r"[A-Z][a-z]*[a-rtv-z]s (a|an|the|each|every|what) |(Compares|Multiplies|Samples) ")
 """The beginnings of docstrings whose subject is left out: a verb in the third person and its object."""
@@ -119,8 +122,13 @@ def docstrings(file: Path, tree: ast.AST, root: Path) -> Iterator[tuple[str, str
                 yield f"{file.relative_to(root)}:{part.lineno}", part.value.value
 
 
+def lacks_subject(text: str) -> bool:
+    """Whether a docstring begins with neither its noun nor a verb in the imperative."""
+    return text.startswith(OPENINGS) or THIRD_PERSON.match(text) is not None
+
+
 def private_words(tree: ast.AST) -> int:
-    """How often a variable, an argument or an attribute has a name that says nothing."""
+    """The number of variables, arguments and attributes whose name says nothing."""
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
     names += [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)]
     names += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
@@ -161,7 +169,7 @@ def measure(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         f"{place} {text.splitlines()[0][:60] if text else ''}"
         for file, tree in trees.items()
         for place, text in docstrings(file, tree, root)
-        if text.startswith(OPENINGS) or THIRD_PERSON.match(text)
+        if lacks_subject(text)
     ]
     long_lists = [
         f"{function.place}: {function.parameters}" for function in counted if function.parameters > MOST_PARAMETERS

@@ -1,4 +1,4 @@
-"""What it costs at load to learn a pipeline from its own call: network calls, rows, decoded pictures and seconds.
+"""The cost of learning a pipeline from its own call at load: network calls, rows, decoded pictures and seconds.
 
 `python benchmarks/learning_cost.py` prints them for the tiny pipelines of the tests. The counts are the same for models
 of any size.

@@ -159,7 +159,7 @@ def signal_over_noise(z_PG: Tensor, noise_PG: Tensor, keep: int) -> Tensor:
 
 
 def _terms(z_PG: Tensor, noise_PG: Tensor) -> Tensor:
-    """What each member adds to the sums of its subset, (P, G, 5)."""
+    """The terms of each member in the sums of its subset, (P, G, 5)."""
     return torch.stack([z_PG, z_PG.square(), noise_PG, noise_PG * z_PG, noise_PG * z_PG.square()], dim=-1)
 
 

@@ -157,7 +157,7 @@ def gradient_of(plan: Plan, members: Members, clip_max: float) -> Tensor:
 
 
 def halves_of(plan: Plan, members: Members, clip_max: float, slot: int) -> Tensor:
-    """What two halves of a prompt's survivors, which are alike, differ by in its gradient: the members' noise."""
+    """The difference of the gradients of two halves of a prompt's survivors, which are alike: the members' noise."""
     rows = chosen(plan, members.seen_TG, members.final_G)
     advantages_K = advantages_of(members.final_G[rows], clip_max)
     sign_K = 2.0 * half_of_each(advantages_K, torch.full_like(rows, slot), rows) - 1.0

@@ -64,7 +64,7 @@ from progrpo.training.gpus import GPUS
 
 @dataclass(frozen=True)
 class Scale:
-    """What the arms have in common, with what is run unless asked otherwise."""
+    """The settings that the arms share, and the hours, seeds and plans that are run unless others are asked for."""
 
     name: str
     base: Config
@@ -217,7 +217,7 @@ def with_judges(scale: Scale) -> Scale:
 
 
 def run_record(arm: str, seed: int, path: Path) -> dict[str, Any]:
-    """What the page needs of a finished run."""
+    """The page's record of a finished run."""
     folder = RunFolder(path)
     spent, hours = 0.0, []
     for seconds in training_seconds(path):

@@ -1,4 +1,4 @@
-"""How well a reward model learns a hidden taste, by the number of pairs and the share of flipped labels.
+"""The accuracy of a reward model on a hidden taste, by the number of pairs and the share of flipped labels.
 
     OMP_NUM_THREADS=1 python benchmarks/reward_model.py [--pairs 50 200 1000 5000] [--flips 0 0.1 0.2 0.4]
         [--seeds 0 1 2] [--prompts 1250 250] [--json docs/results/reward_model.json] [--pictures FOLDER]

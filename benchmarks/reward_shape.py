@@ -1,4 +1,4 @@
-"""What a reward's shape lets a selector gain on the base model: the variance that the kept half and quarter hold.
+"""The gain that a reward's shape leaves to a selector on the base model: the variance of the kept half and quarter.
 
     python benchmarks/reward_shape.py [--rewards shapes_match shapes_taste shapes_mixed] [--prompts 48]
         [--group-size 24] [--ode-steps 8] [--sde-steps 10] [--seed 0] [--json [FILE]]

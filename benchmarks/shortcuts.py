@@ -118,7 +118,7 @@ SHORTCUTS: dict[str, tuple[Calling, Callable[[Any], None] | None, int]] = {
     "FP8 weights": (plain, fp8, STEPS),
     "int8 weights": (plain, quantize_blocks, STEPS),
 }
-"""What surrounds the calls of a group, how the network is changed before, and the number of steps."""
+"""The context of a group's calls, the change of the network before them, and the number of steps."""
 
 
 class Bench:

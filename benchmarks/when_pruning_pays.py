@@ -591,7 +591,7 @@ def compared(rival: Sequence[float], own: Sequence[float]) -> tuple[float, float
 
 
 class Map:
-    """What finished runs say."""
+    """The costs and speeds of cells by finished runs."""
 
     def __init__(self, results: Results, network: ToyNetwork) -> None:
         self.results = results

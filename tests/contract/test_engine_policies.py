@@ -1,4 +1,4 @@
-"""What a policy can do beside predicting: be probed, checkpoint activations, preview by a tiny decoder, compile."""
+"""Abilities of a policy beside predicting: probes, checkpointed activations, tiny decoders, compilation."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_activations_are_computed_anew_by_the_kernels_of_the_call(tiny_sd3, move
 
 @dataclass
 class Held:
-    """How many numbers a graph keeps for its backward pass."""
+    """The number of values that a graph keeps for its backward pass."""
 
     numbers: int = 0
 
@@ -282,7 +282,7 @@ def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(compiler, tiny_
 
 @pytest.fixture
 def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled when, without the minutes that the compiler takes: the graphs run as they are."""
+    """Compile without the minutes that the compiler takes: the graphs run as they are."""
     compile_by(monkeypatch, "eager")
 
 

@@ -38,7 +38,7 @@ def prompts(told: Any) -> Any:
 
 @pytest.fixture
 def saved(move: Any, tmp_path: Path, prompts: Any) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
-    """What a policy of a folder saves after it has learnt, with its output; the file is in tmp_path/own."""
+    """Save a policy of a folder after it has learnt, in tmp_path/own, and give the saved tensors and its output."""
 
     def of(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
         policy: Any = load_policy(replace(SETTINGS, path=str(folder)))

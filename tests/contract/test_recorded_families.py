@@ -1,4 +1,4 @@
-"""What is learnt from the call of a pipeline that has a family: the same policy, bit for bit."""
+"""Policies that are learnt from the call of a pipeline that has a family: the family's policy, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every reward promises, built in or a user's function."""
+"""The contract of every reward, built in or a user's function."""
 
 import asyncio
 import functools

@@ -1,4 +1,4 @@
-"""What every selector promises, whatever it prefers."""
+"""The contract of every selector, whatever it prefers."""
 
 import math
 

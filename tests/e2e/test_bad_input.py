@@ -215,7 +215,7 @@ def lose(file: Path, tensor: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What policies of both built-in models save, as folders by (model, kind of weights)."""
+    """The saved policies of both built-in models, as folders by (model, kind of weights)."""
     folder = tmp_path_factory.mktemp("trained")
     found = {}
     for model in ("shapes-flow", "shapes-diffusion"):

@@ -61,7 +61,7 @@ ranks.wait_for_all()
 
 
 def launch(world: int, tmp_path: Path, *args: str, **of_deepspeed: Any) -> str:
-    """What it said. With three prompts two processes make different numbers of backward passes."""
+    """The output of the command. With three prompts two processes make different numbers of backward passes."""
     (file := tmp_path / "accelerate.yaml").write_text(
         yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_machines": 1, "deepspeed_config": of_deepspeed})
     )

@@ -1,4 +1,4 @@
-"""What `progrpo push` makes of a run, and what reaches the hub: here a server of this machine."""
+"""The folder that `progrpo push` makes of a run, and the files that reach the hub: here a server of this machine."""
 
 from __future__ import annotations
 

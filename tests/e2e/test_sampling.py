@@ -47,7 +47,7 @@ def test_prompts_that_are_cut_are_said_beside_what_is_printed(tmp_path, capsys):
 
 
 def in_three(*args: str) -> str:
-    """What the command prints in three processes; the launcher's own words are on stderr."""
+    """The output of the command in three processes; the launcher's own words are on stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "-m", "progrpo"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *args], env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout

@@ -1,4 +1,4 @@
-"""What a plan predicts is what a run counts, and what it counts is what the networks did."""
+"""The costs that a plan predicts are those that a run counts, and those are what the networks did."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def roll(trainer: Any) -> Rollout:
 
 
 def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
-    """What the optimizer is given."""
+    """The gradients that the optimizer is given."""
     config, clip = trainer.config.objective, trainer.learner.objective.settings.adv_clip_max
     estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks, quorum=0.5)
     experience, _ = estimator.experience(rolled, trainer.sampler.sampling, NoiseKey(0, 0))

@@ -30,7 +30,7 @@ OF_THREE = (
 
 
 def started(world: int, model: Path, out: Path, names: tuple[str, ...]) -> Path:
-    """What so many processes left."""
+    """The folder with the results of so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,7 @@ def three(tiny_sd3, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(tiny_sd3, tmp_path_factory) -> Path:
-    """What one process left."""
+    """The folder with the results of one process."""
     out = tmp_path_factory.mktemp("one")
     work(str(tiny_sd3), out, CASES)
     return out

@@ -242,7 +242,7 @@ def test_latents_and_log_probs_are_no_part_of_a_graph(build):
 
 
 def test_a_rollout_is_the_same_with_and_without(build):
-    """What is sampled does not know that its graphs are kept."""
+    """The samples do not depend on whether their graphs are kept."""
     reused, anew = (build(reuse).step().rollout for reuse in (True, False))
     assert torch.equal(reused.trajectories.x_NCHW, anew.trajectories.x_NCHW)
     assert torch.equal(reused.survivors.value_N, anew.survivors.value_N)

@@ -53,7 +53,7 @@ def shuffle_plan(data: Any, rng: random.Random) -> None:
 
 
 def use(config: Config) -> None:
-    """What a run does with its configuration before it loads a model."""
+    """Use a configuration as a run does before it loads a model."""
     check(config)
     assert config_from_json(config_to_json(config)) == from_dict(to_dict(config)), (
         "an accepted configuration survives JSON"

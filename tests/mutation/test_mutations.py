@@ -17,7 +17,7 @@ def work(monkeypatch):
 
 
 def told(work, *runs):
-    """What is counted and what is found wrong with cases that do what `runs` do."""
+    """The counts and the faults of cases that do what `runs` do."""
     wrong: list[str] = []
     counts = tally(iter([Case("kind", "tried", run) for run in runs]), work, wrong)
     return counts["kind"], wrong

@@ -13,7 +13,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 _SHARED = (FunctionType, ReferenceType)
-"""What `copy.deepcopy` does not copy either."""
+"""Types whose objects `copy.deepcopy` does not copy either."""
 
 
 class Copies(Generic[T]):

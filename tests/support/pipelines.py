@@ -217,7 +217,7 @@ FRAMES = 3
 
 
 def frames_of(folder: Path) -> int | None:
-    """How long tests ask a model's videos to be; its own are 81 frames."""
+    """The number of frames that tests ask of a model's videos; its own are 81 frames."""
     return FRAMES if folder.name == "tiny-wan" else None
 
 

@@ -1,4 +1,4 @@
-"""How other tools apply a LoRA file to a model, by the rules that they publish.
+"""The application of a LoRA file to a model by other tools, by the rules that they publish.
 
 A tool has the model under the names of its first release, in which layers may lie one above another in a module. The
 tables say which of diffusers' layers a module is; `#` is a number. A rule is given a file's tensors and the module's

@@ -1,4 +1,4 @@
-"""What a run of a tiny pipeline needs: prompts, a reward, a configuration, a policy and a trainer."""
+"""The parts of a run of a tiny pipeline: prompts, a reward, a configuration, a policy and a trainer."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def build_trainer(config: Any, policy: Any, reward: Any = redness) -> Any:
 
 
 def first_experience(trainer: Any) -> Any:
-    """What a trainer's first iteration would learn from, before it learns."""
+    """The experience of a trainer's first iteration, before it learns."""
     from progrpo.rollout.meter import Meter
     from progrpo.rollout.noise import NoiseKey
     from progrpo.rollout.rollout import rollout

@@ -1,4 +1,4 @@
-"""What is saved, which checkpoints are kept, and from which a run goes on."""
+"""Checkpoints: their contents, which of them are kept, and from which a run goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of accelerate and would be ignored is refused, and whose error means that another process is gone."""
+"""Requests to accelerate that would be ignored are refused, and the error of a lost process is told from others."""
 
 from __future__ import annotations
 

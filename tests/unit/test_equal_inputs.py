@@ -1,4 +1,4 @@
-"""What all processes must have alike. What they say where they have not: tests/invariant/test_processes.py."""
+"""Inputs that all processes must have alike. The messages where they differ: tests/invariant/test_processes.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What evaluations measure beside rewards, by hand."""
+"""Measures of evaluations beside rewards, by hand."""
 
 from __future__ import annotations
 

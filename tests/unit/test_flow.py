@@ -140,7 +140,7 @@ def test_euler_converges_with_order_one():
 
 
 def marginal_error(rate_of, steps: int) -> float:
-    """How far mean and variance of x are off at the end: both are carried exactly, as the kernel is affine in x."""
+    """The error of mean and variance of x at the end: both are carried exactly, as the kernel is affine in x."""
     sigmas = torch.linspace(0.95, 0.05, steps + 1, dtype=torch.float64)
     mean, variance = marginal(sigmas[0])
     points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)

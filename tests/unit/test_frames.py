@@ -119,7 +119,7 @@ def test_what_a_reward_says_and_holds_is_passed_on():
 
 
 def moving(images: list[np.ndarray], prompts: list[str]) -> list[float]:
-    """How far the last frame is from the first."""
+    """The distance of the last frame from the first."""
     assert all(image.dtype == np.uint8 and image.shape[1:] == (4, 5, 3) for image in images)
     return [float(image[-1, 0, 0, 0]) - float(image[0, 0, 0, 0]) for image in images]
 

@@ -216,7 +216,7 @@ def test_items_of_any_steps_go_together(policy, experience_of):
 
 
 def test_latents_stored_in_low_precision_are_stepped_in_full(policy, experience_of):
-    """What was stored is exact in its dtype: no other rounding enters."""
+    """Stored latents are exact in their dtype: no other rounding enters."""
     experience = experience_of()
     path = [replace(t, x_NCHW=t.x_NCHW.half(), x_next_NCHW=t.x_next_NCHW.half()) for t in experience.trajectories.path]
     stored, exact = (

@@ -1,4 +1,4 @@
-"""What is said where the hub gave nothing."""
+"""The reasons that are given where the hub gave nothing."""
 
 from __future__ import annotations
 

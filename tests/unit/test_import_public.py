@@ -54,7 +54,7 @@ BASE: dict[str, Any] = {
 
 
 def batches(gpus: int, batch: int, group: int, prompts: int, **more: Any) -> dict[str, Any]:
-    """What its functions count: batches of an epoch, of which half make an update."""
+    """The settings that its functions compute: batches of an epoch, of which half make an update."""
     count = int(prompts / (gpus * batch / group))
     return {
         "gpus": gpus,

@@ -1,4 +1,4 @@
-"""What a model's files hold and what of it reaches the networks: whole, or refused in a sentence."""
+"""The contents of a model's files and the weights of its networks: whole, or refused in a sentence."""
 
 from __future__ import annotations
 

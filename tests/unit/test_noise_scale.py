@@ -52,7 +52,7 @@ def drawn(linear_policy, linear_experience):
 
 @pytest.fixture
 def updated(linear_policy):
-    """What an update saw, and the updater."""
+    """The tally of an update, and the updater."""
 
     def of(experience, scale=None, objective=None, halves_members=False, **optim):
         still = Still(linear_policy.trainable.values())

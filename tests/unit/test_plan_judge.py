@@ -34,7 +34,7 @@ OVF, NOWHERE = SELECTORS["ovf"], frozenset[int]()
 COUNTED = Cost(nfe=1000, decodes=140, reward_calls=140, trained_steps=900, previews=100)
 SECONDS = {"sample": 50.0, "preview": 4.0, "reward": 8.0, "update": 180.0, "audit": 999.0, "other": 999.0}
 CALL, PREVIEW, FINISH, TRAIN = 0.05, 0.04, 0.2, 0.2
-"""What one of each took."""
+"""Seconds of one of each."""
 UNITS = UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
 FINAL = torch.special.ndtri((torch.arange(24, dtype=torch.float64) + 0.5) / 24).numpy()
 VERDICTS = np.array([1.0] * 12 + [0.0] * 12)

@@ -1,4 +1,4 @@
-"""What a plan is worth: variances of simulated groups against known ones, and the plans that are compared."""
+"""The value of a plan: variances of simulated groups against known ones, and the plans that are compared."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_deterministic_paths_converge_to_the_flow_with_order_one(name):
 
 
 def data_error(name: str, sampler: str, noise_level: float, levels: Levels) -> tuple[float, float]:
-    """How far mean and variance are off at the data: both are carried exactly, as a step is affine in x."""
+    """The error of mean and variance at the data: both are carried exactly, as a step is affine in x."""
     process = Process(name, SAMPLERS[sampler], levels, (noise_level,) * (len(levels) - 1))
     mean, variance = marginal(levels[0])
     points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)

@@ -184,7 +184,7 @@ def test_a_group_without_two_scores_comes_last():
 
 @pytest.mark.parametrize("selector", [ovf, top_bottom, uniform, none])
 def test_groups_that_were_stopped_are_not_there(selector):
-    """What is left of the others is chosen as if they had never been."""
+    """The survivors of the others are chosen as if those groups had never been."""
     scores = torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     seeds = torch.arange(5) + 100
     rows = survivors(torch.tensor([1] * 6 + [4] * 6), scores, 3, selector, seeds)

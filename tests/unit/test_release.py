@@ -1,4 +1,4 @@
-"""What a release needs beside the code: its version in one place, and files that other programs read."""
+"""The parts of a release beside the code: its version in one place, and files that other programs read."""
 
 from __future__ import annotations
 

@@ -535,7 +535,7 @@ def test_every_request_has_every_column():
 
 
 def replies(change: Callable[[list[dict[str, Any]]], Any]) -> list[Score]:
-    """What comes of it where the second request's scores are changed so."""
+    """The scores of the second request where its answer is changed so."""
 
     def fault(number: int, items: list[dict[str, Any]]) -> Answer:
         if items[0]["prompt"] != "5":
@@ -568,7 +568,7 @@ def test_an_answer_of_another_length_order_or_kind_is_refused_at_once(name):
 
 
 def changed(value: Any) -> list[Score]:
-    """What comes of it where one score has that value."""
+    """The scores of a request where one score has that value."""
     return replies(lambda scores: {"scores": [s | {"value": value} if s["id"] == 2 else s for s in scores]})
 
 

@@ -150,7 +150,7 @@ def test_a_source_picture_is_checked_as_the_other_one(monkeypatch):
 
 
 def test_a_picture_that_is_transparent_is_a_missing_score():
-    """What lies under a transparent colour is not what anybody sees."""
+    """The pixels under a transparent colour are not what anybody sees."""
     files: dict[str, BytesIO] = {}
     for mode, options in (("RGB", {"transparency": (9, 9, 9)}), ("RGBA", {})):
         Image.new(mode, (3, 2), (9, 9, 9)).save(files.setdefault(mode, BytesIO()), "PNG", **options)

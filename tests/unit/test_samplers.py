@@ -1,4 +1,4 @@
-"""What each sampler's step does to data and noise that are known, and how much noise it adds."""
+"""The step of each sampler on known data and noise, and the amount of noise that it adds."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What benchmarks/scaling.py reckons, by hand; and that it and benchmarks/iteration.py with random weights run."""
+"""The figures of benchmarks/scaling.py, by hand, and runs of it and benchmarks/iteration.py with random weights."""
 
 from __future__ import annotations
 

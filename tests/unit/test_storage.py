@@ -304,7 +304,7 @@ def test_nothing_unpickles(tmp_path, monkeypatch):
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """What a power cut leaves: files and the folder's names before the rename, the rename before the old state goes."""
+    """The order that a power cut may end: files and names first, then the rename, then the end of the old state."""
     folder, done = tmp_path / "state", []
     save_state(folder, {"step": 1})
 

@@ -1,4 +1,4 @@
-"""What a process works on does not end with its words."""
+"""Streams that are gone, full or of another encoding: they do not end what a process works on."""
 
 from __future__ import annotations
 

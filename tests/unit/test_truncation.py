@@ -1,4 +1,4 @@
-"""What is said of texts that are longer than their encoders read."""
+"""Sentences about texts that are longer than their encoders read."""
 
 from __future__ import annotations
 

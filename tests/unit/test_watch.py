@@ -1,4 +1,4 @@
-"""What a run looks out for: signs that nothing is learnt, and signs of cheating."""
+"""The watches of a run: for signs that nothing is learnt, and for signs of cheating."""
 
 import json
 import math

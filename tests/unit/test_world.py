@@ -13,7 +13,7 @@ PAIRS_OF_SPLITS = list(combinations(SPLITS, 2))
 
 
 def combination(prompt: Prompt) -> tuple[str, frozenset | tuple]:
-    """What a prompt asks for, without its order, phrase or relation; `single` and `two` differ in their phrase only."""
+    """A prompt's kind and objects, without order, phrase or relation; `single` and `two` differ by phrase only."""
     kind, objects = prompt.columns["kind"], [tuple(o) for o in prompt.columns["objects"]]
     if kind in ("position", "binding"):
         return "pair", frozenset(objects)

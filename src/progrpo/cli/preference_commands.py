@@ -104,8 +104,8 @@ class RewardModelTrain(Command):
     out: Path
     """The folder of the reward model. One that is there is replaced."""
     backbone: str = "auto"
-    """What sees the pictures: `shapes` for those of the built-in models, or a CLIP: a folder or a hub id.
-    `auto` is `shapes` where the pairs are of the shapes world, and nothing elsewhere."""
+    """The network that sees the pictures: `shapes` for those of the built-in models, or a CLIP: a folder or a hub id.
+    `auto` is `shapes` where the pairs are of the shapes world, and an error elsewhere."""
     latent: str | None = None
     """Train a latent reward head of this model instead: a built-in model's name, a run, a folder or a hub id.
     It sees latents and no prompt, and ranks unfinished trajectories as `--preview.latent-reward` of `train`."""

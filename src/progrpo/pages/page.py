@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _JPEG = {True: {"quality": 85, "subsampling": 0}, False: {"quality": 75, "subsampling": 2}}
-"""How pictures are saved that keep their size, and those that are reduced."""
+"""JPEG settings of pictures that keep their size (True), and of those that are reduced (False)."""
 _SCRIPT_ESCAPES = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&'\u2028\u2029"})
-"""What would end a script, or begin a comment in it, as JSON's escapes."""
+"""JSON's escapes of characters that would end a script, or begin a comment in it."""
 
 
 _MARKS: dict[bool | None, tuple[str, str]] = {True: ("pass", "✓"), False: ("fail", "✕")}

@@ -1,4 +1,4 @@
-"""What the servers of local pages share: who may ask, what the browser may do with an answer, and how one is sent.
+"""The base of the servers of local pages: who may ask, what the browser may do with an answer, how one is sent.
 
 The browser is told to run no script but the page's own. A page of another site that has its name resolved to this
 machine is refused by the Host header, and one that sends a form here by its Origin.
@@ -50,7 +50,7 @@ Fields = dict[str, list[str]]
 
 
 class NotFound(Exception):
-    """What was asked for is not there."""
+    """The error for a request of something that is not there."""
 
 
 class PageServer(ThreadingHTTPServer):

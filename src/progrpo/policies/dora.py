@@ -32,7 +32,7 @@ class Magnitude(nn.Module):
     def forward(
         self, x: Tensor, *, lora_A: nn.Linear, lora_B: nn.Linear, scaling: float, base_layer: nn.Linear, **call: Tensor
     ) -> Tensor:
-        """What is added to the base layer's output `base_result`, (..., O)."""
+        """The addend to the base layer's output `base_result`, (..., O)."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             changed = wide_weight(base_layer) + scaling * (lora_B.weight.float() @ lora_A.weight.float())
             lengths = row_lengths(changed)

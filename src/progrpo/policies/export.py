@@ -1,4 +1,4 @@
-"""What leaves a run: the matrices of the LoRA that it saved, and the whole model with what it trained."""
+"""Exports of a run: the matrices of the LoRA that it saved, and the whole model with its trained weights."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people prefer: pairs of pictures, votes, and what is learned from them."""
+"""People's preferences: pairs of pictures, votes, and the reward models that are learnt from them."""

@@ -16,7 +16,7 @@ Item = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far annotators agree on the pairs that more than one of them compared."""
+    """The agreement of annotators on the pairs that more than one of them compared."""
 
     annotators: int
     pairs: int

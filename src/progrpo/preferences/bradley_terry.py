@@ -108,7 +108,7 @@ def clustered_accuracy(margin_M: Tensor, preference_M: Tensor, cluster_M: Tensor
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often predictions come true, by how sure they are: B bins of equal width from 0.5 to 1."""
+    """The frequency with which predictions come true, by their confidence: B bins of equal width from 0.5 to 1."""
 
     error: float
     """The expected calibration error (arXiv 1706.04599): the mean of |confidence - share|, by the bins' counts."""

@@ -43,7 +43,7 @@ _EXTENSIONS = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"RIFF"
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of a conversion."""
+    """The result of a conversion."""
 
     pairs: int
     notes: tuple[str, ...]
@@ -272,7 +272,7 @@ _MARKS: dict[str, Callable[[Iterable[object]], bool]] = {
     "imagereward": lambda names: {"prompt_id", "rank"} <= {*names} or "img_better" in names,
     "hpdv2": lambda names: bool({"human_preference", "rank"} & {*names} and {"file_path", "image_path"} & {*names}),
 }
-"""What tells the formats apart."""
+"""Tests of the names of columns that tell the formats apart."""
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 

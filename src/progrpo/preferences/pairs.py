@@ -145,7 +145,7 @@ class _Checker:
     faults: list[str] = field(default_factory=list)
     _count: int = 0
     _pictures: dict[str, str] = field(default_factory=dict)
-    """What is wrong with each picture that was looked at; empty if nothing is."""
+    """The fault of each picture that was looked at; empty where it has none."""
     _seen: dict[tuple[str, frozenset[str], str], tuple[float, str]] = field(default_factory=dict)
     """The preference for the picture whose path sorts first, and the place, by prompt, pictures and annotator."""
 

@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the repository holds beside the card: the folder's name of the weights, examples, and a grid of pairs.
+    """The repository's contents beside the card: the folder's name of the weights, examples, and a grid of pairs.
 
     `second` are the files of other denoisers' LoRAs than the first's.
     """

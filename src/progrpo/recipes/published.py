@@ -1,4 +1,4 @@
-"""What recipes of published models share: layers, an average, and the settings for one small GPU."""
+"""Shared parts of the recipes of published models: layers, an average, and the settings for one small GPU."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ BEGINNING = 5
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run will take on a card: seconds of an iteration, iterations, GPU-hours of training and beside it."""
+    """The predicted cost of a run on a card: seconds of an iteration, iterations, and GPU-hours."""
 
     seconds: float
     iterations: int

@@ -23,7 +23,7 @@ _VERDICT = "shapes_strict"
 
 
 class RunRecord(TypedDict):
-    """What a page needs of a run."""
+    """The facts of a run that a page shows."""
 
     arm: str
     seed: int
@@ -95,7 +95,7 @@ _KEPT = (
 
 
 def record(arm: str, seed: int, path: Path) -> RunRecord:
-    """What a page needs of the finished run in a folder."""
+    """The record of the finished run in a folder."""
     folder = RunFolder(path)
     summary = folder.summary.read()
     kept = cast(Summary, {name: value for name, value in summary.items() if name in _KEPT})

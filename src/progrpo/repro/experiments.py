@@ -29,12 +29,12 @@ class Experiment:
 
     title: str
     claim: str
-    """What the paper shows by it, in a sentence."""
+    """The paper's finding, in a sentence."""
     arms: Sequence[str]
     printed: Mapping[str, Mapping[str, str]]
     """The printed numbers by arm and column; empty for a figure, whose numbers are not printed."""
     limits: Sequence[str]
-    """What cannot be compared, a sentence each."""
+    """The limits of the comparison, a sentence each."""
     curve: str = "eval/graded"
     """The metric that is drawn."""
     by_kind: bool = False

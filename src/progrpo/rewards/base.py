@@ -67,7 +67,7 @@ class Reward(ABC):
     takes_sha256: bool = False
     """Whether that model is a file whose SHA-256 a term may state."""
     version: str = ""
-    """What tells its scores from those of other weights under the same name, as a digest; caches keep them apart."""
+    """A digest that tells its scores from those of other weights under the same name; caches keep them apart."""
     parameters: int | None = None
     """The parameters of its network; None where they are not known."""
 

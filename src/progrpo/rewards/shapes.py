@@ -55,7 +55,7 @@ class MixedShapesReward(ShapesReward):
 
 
 class MatchReward(_OfShapesPrompts):
-    """How well each object's colour, outline, size and place are what the prompt's words want, without thresholds."""
+    """The match of each object's colour, outline, size and place with the prompt's words, without thresholds."""
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         self.check(prompts)
@@ -63,7 +63,7 @@ class MatchReward(_OfShapesPrompts):
 
 
 class TasteReward(Reward):
-    """How large, centred and warm the ink is, without thresholds. Prompts are not read."""
+    """The size, centring and warmth of the ink, without thresholds. Prompts are not read."""
 
     parameters = 0
 

@@ -1,4 +1,4 @@
-"""How trajectories are denoised: the settings, and what follows from them for a policy and an iteration."""
+"""The sampling of trajectories: its settings, and the process that follows from them for a policy and an iteration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from progrpo.rollout.settings import SAMPLERS, SamplingSettings
 
 @dataclass(frozen=True)
 class Record:
-    """What is stored of each trajectory while it is sampled.
+    """The parts of each trajectory that are stored while it is sampled.
 
     Transitions of `steps` are stored with their log-probs, and with `means` the means of their Gaussians. With `graphs`
     the network's outputs at these steps keep their graphs. With `latent_features` a probe's view of every step is

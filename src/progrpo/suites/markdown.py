@@ -12,7 +12,7 @@ _SPECIAL = re.compile(r"([\\|`*_\[\]<>])")
 
 
 def tables(result: SuiteResults) -> str:
-    """What was measured in a line, and the tables: all figures, the score by kind, and the differences to the base."""
+    """Format the headline and the tables: all figures, the score by kind, and the differences to the base."""
     parts = [headline(result), all_figures(result)]
     if result["kinds"] and any(_by_kind(result, model) for model in result["models"]):
         parts.append(f"{_title(result['score'])} by kind:\n\n{score_by_kind(result)}")

@@ -37,7 +37,7 @@ class PictureRecord(TypedDict, total=False):
 
 
 class MeasuresRecord(TypedDict, total=False):
-    """What is measured of the pictures of a prompt together, by the prompt's place."""
+    """Measures of the pictures of each prompt together, by the prompt's place. `vendi_of_all` is of all prompts."""
 
     kl: dict[str, float]
     kl_to: str

@@ -79,7 +79,7 @@ class SuiteResults(TypedDict):
 
 @dataclass(frozen=True)
 class ModelRecords:
-    """What is known of one model's pictures."""
+    """The records and measures of one model's pictures."""
 
     name: str
     folder: str

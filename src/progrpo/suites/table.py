@@ -55,7 +55,7 @@ class Suite:
     optional: tuple[str, ...] = _QUALITY
     """Rewards that are left out, with a note, where they cannot be had."""
     features: str = "dino"
-    """What says how alike pictures are, unless the user names it."""
+    """The features by which the likeness of pictures is measured, unless the user names others."""
     mean_of_kinds: bool = False
     """Whether its score is the mean over kinds, and not over pictures."""
     not_measured: str = ""

@@ -74,7 +74,7 @@ class AuditRecord(TypedDict, total=False):
 
 
 class CostSummary(TypedDict):
-    """What the plan predicted, what was counted, and what audits took, each by the fields of `Cost`."""
+    """The costs that the plan predicted, those that were counted, and those of audits, each by the fields of `Cost`."""
 
     predicted: dict[str, int]
     counted: dict[str, int]
@@ -123,7 +123,7 @@ class MeasuredSummary(TypedDict, total=False):
 
 
 class Summary(MeasuredSummary, total=False):
-    """What a run came to, in summary.json."""
+    """The results of a run, in summary.json."""
 
     recipe: str
     seed: int

@@ -35,8 +35,7 @@ _WITHOUT_DEEPSPEED = {
     "ACCELERATE_MIXED_PRECISION": "no",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
 }
-"""What accelerate itself reads in place of a request for DeepSpeed: plain data parallelism. `zero` reads the request.
-"""
+"""The values for accelerate itself where DeepSpeed is requested: plain data parallelism. `zero` reads the request."""
 _OFF = ("", "0", "no", "n", "false", "f", "off")
 
 

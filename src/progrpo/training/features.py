@@ -46,7 +46,7 @@ def pixels(pictures_NHWC: np.ndarray) -> np.ndarray:
 
 
 def _of_detector(folder: Path) -> Features:
-    """What the detector of the shapes world sees in each sixteenth of a picture, before it names it."""
+    """The mean activations of the shapes world's detector in each sixteenth of a picture, before it names objects."""
     detector = load_detector(folder)
 
     @torch.no_grad()

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 RewardLike = Callable[..., Any] | str | RewardTerm | Any
-"""What a library call takes as a reward: see `train`."""
+"""A reward of a library call: see `train`."""
 Prompts = Iterable[str | Prompt | Mapping[str, Any]] | Path
 Mode = Literal["new", "overwrite", "resume", "resume_changed"]
-"""What a library call does with its folder: see `train`."""
+"""The treatment of a run that `out` holds already: see `train`."""
 
 
 @default_torch_state()

@@ -30,7 +30,7 @@ _FRAMES = 1  # suites are of pictures
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """What to evaluate on which suite. None and `auto` are the suite's own.
+    """The suite, the models and the options of an evaluation. None and `auto` are the suite's own.
 
     `prompts` is a local copy of the published prompts. `given` are the settings of evaluations (`EvalSettings`) to take
     in place of a run's own. `against` is the model to compare with; None: the one that the models began from.
@@ -86,7 +86,7 @@ class SuiteRequest:
         return negative_prompt_for(runs[0] if runs else None, self.negative_prompt, self.settings.guidance_scale)
 
     def made_by(self, model: ModelChoice) -> dict[str, object]:
-        """What a model's pictures are made by, prompts apart: pictures that differ in it are not put together."""
+        """The origin of a model's pictures, prompts apart: pictures that differ in it are not put together."""
         config, settings = model.config.model, self.settings
         return {
             "suite": self.suite.name,
@@ -115,7 +115,7 @@ class SuiteRequest:
 
 @dataclass(frozen=True)
 class DiversityInputs:
-    """What says how alike pictures are, in the main process alone."""
+    """The features by which the likeness of pictures is measured, in the main process alone."""
 
     name: str
     """The name of the features."""
@@ -130,7 +130,7 @@ class DiversityInputs:
 
 @dataclass(frozen=True)
 class SuiteInputs:
-    """What is evaluated and by what, alike in all processes."""
+    """The prompts and rewards of an evaluation, alike in all processes, and the features of diversity."""
 
     grid: Grid
     digest: str
@@ -218,7 +218,7 @@ def _term(text: str) -> RewardTerm:
 
 
 def _load_diversity(request: SuiteRequest, ranks: Ranks) -> tuple[DiversityInputs, list[str]]:
-    """What measures diversity, and a note on each part that cannot be had."""
+    """The features that measure diversity, and a note on each part that cannot be had."""
     name, named_by_user = request.features, request.features != "auto"
     if not named_by_user:
         name = request.suite.features

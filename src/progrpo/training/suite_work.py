@@ -36,7 +36,7 @@ _SAID_EVERY = 20.0  # seconds
 
 @dataclass(frozen=True)
 class Todo:
-    """What a folder lacks: prompts to draw pictures of, prompts whose pictures are there, rewards to score them by."""
+    """The missing parts of a folder: prompts to draw, drawn prompts that lack scores, and rewards to score by."""
 
     draw: Sequence[SuitePrompt]
     score: Sequence[SuitePrompt]
@@ -54,7 +54,7 @@ class ModelPath:
 
 @dataclass(frozen=True)
 class SuiteWork:
-    """What all models have in common: prompts, rewards, settings of sampling, and the processes."""
+    """The evaluation of models one by one, with the same prompts, rewards, sampling settings and processes."""
 
     grid: Grid
     rewards: Sequence[Component]

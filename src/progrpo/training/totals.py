@@ -41,7 +41,7 @@ class Totals:
     asked: dict[str, int] = field(default_factory=dict)
     """The number of scores asked of each reward, evaluations and audits included."""
     missing: dict[str, int] = field(default_factory=dict)
-    """How many of these scores are missing."""
+    """The number of scores of each reward that are missing."""
     last_error: str | None = None
     """The last error of a reward."""
     lost: int = 0

@@ -81,7 +81,7 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Passed:
-    """What the passes over a share gave beside the gradient of its last part."""
+    """The results of the passes over a share, beside the gradient of its last part."""
 
     tally: Tally
     first: list[Tensor | None] | None

@@ -67,7 +67,7 @@ def cache_latents(vae: AutoencoderKL, out: Path, chunks: Iterable[np.ndarray], l
 
 @dataclass(frozen=True)
 class FlowData:
-    """What a flow model learns from: normalised latents (M, C, H, W) and the M texts of their prompts."""
+    """The training data of a flow model: normalised latents (M, C, H, W) and the M texts of their prompts."""
 
     z_NCHW: Tensor
     texts: Sequence[str]

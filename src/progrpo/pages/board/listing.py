@@ -31,7 +31,7 @@ _Stamp = tuple[tuple[int, int] | None, ...]
 
 @dataclass(frozen=True)
 class _Known:
-    """What was read of a run when its files had these times and sizes."""
+    """The data of a run as they were read when its files had these times and sizes."""
 
     stamp: _Stamp
     data: RunData

@@ -52,7 +52,7 @@ def _title(name: str) -> str:
 
 
 def _cost(recipes: Sequence[Recipe]) -> str:
-    """What each recipe took so far: means over its runs."""
+    """The cost of each recipe so far: means over its runs."""
     rows = [
         [
             dot(recipes, recipe),

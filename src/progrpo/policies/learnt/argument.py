@@ -17,7 +17,7 @@ LENGTH = ".length"
 
 @dataclass(frozen=True)
 class Given:
-    """What a call of B rows is made of; latents (B, N) in the pipeline's order."""
+    """The inputs of a call of B rows; latents (B, N) in the pipeline's order."""
 
     x_BN: Tensor
     timestep_B: Tensor
@@ -73,7 +73,7 @@ class Fixed(Argument):
 
 @dataclass(frozen=True, eq=False)
 class FromText(Argument):
-    """What a prompt gives: a tensor of the condition, padded along `ragged` where its length depends on the text."""
+    """A tensor of the condition that a prompt gives, padded along `ragged` where its length depends on the text."""
 
     name: str
     dtype: torch.dtype

@@ -142,7 +142,7 @@ class PipelineCall:
         return record(self.pipeline, self.denoiser_name, of_call, played, self._device)
 
     def decoded(self, encoded: list[Any], latents: Tensor) -> Recording:
-        """What the autoencoder gets for latents (B, ...) at the end of the loop."""
+        """Record a call whose loop ends with these latents (B, ...), and with it the autoencoder's input."""
         return self.record(
             self.options(TEXT, 2),  # a call of one step may be that of a distilled model
             encoded=encoded,

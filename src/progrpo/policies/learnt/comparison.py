@@ -136,7 +136,7 @@ def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
 
 
 def _source(calls: Calls, of: Callable[[Any], Any]) -> str:
-    """What gives this part of an argument: `text`, `picture`, `both`, or nothing of a prompt."""
+    """The source of this part of an argument: `text`, `picture`, `both`, or empty where no prompt gives it."""
     by = [
         source
         for source, values in (("text", calls.texts), ("picture", calls.pictures))

@@ -196,7 +196,7 @@ class Recorded(ModelFamily):
         return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
     def _from(self, source: str, inputs: Inputs) -> dict[str, Tensor]:
-        """What a prompt's text or picture gives, out of a call of one row."""
+        """The tensors that a prompt's text or picture gives, out of a call of one row."""
         names = {name for leaf in self.learnt.texts if leaf.source == source for name in (leaf.name, leaf.length_name)}
         return {name: tensor for name, tensor in text_of(self.learnt, inputs).items() if name in names}
 

@@ -1,4 +1,4 @@
-"""How a pipeline combines the two outputs of classifier-free guidance: its known forms, found by known outputs."""
+"""Forms in which a pipeline combines the two outputs of classifier-free guidance, recognised by known outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is learnt of a pipeline from its own call: arguments, outputs, latents and guidance of its denoiser."""
+"""The learning of a pipeline from its own call: arguments, outputs, latents and guidance of its denoiser."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Learnt:
     place_N: Tensor
     """The places of a latent's numbers in the pipeline's."""
     scale_N: Tensor
-    """What the autoencoder's input is of them, in the autoencoder's order: their products with this ..."""
+    """The factors of these numbers in the autoencoder's input, in the autoencoder's order."""
     offset_N: Tensor
-    """... plus this."""
+    """The numbers that are added to these products."""
     decodes_rows: bool
     """Whether the pipeline decodes more latents at its end than it began with; otherwise rows are decoded in turn."""
     encoded: list[Any]
-    """What `encode_prompt` gave for a text, for calls in which no text matters."""
+    """The results of `encode_prompt` for a text, for calls in which no text matters."""
     guidance: Guidance | None
     unguidable: str
     """The reason why there is no guidance by pairs; empty where there is."""
@@ -59,7 +59,7 @@ class Learnt:
 
     @property
     def texts(self) -> list[FromText]:
-        """What a prompt gives."""
+        """The parts of the arguments that a prompt gives."""
         return _text_leaves(self.inputs)
 
 
@@ -232,7 +232,7 @@ class Learner:
         return replace(learnt, guidance=form, unguidable="" if form else unknown)
 
     def _combined(self, learnt: Learnt, recording: Recording, scale: float) -> Combined:
-        """What the pipeline makes of random outputs."""
+        """Random outputs, and the pipeline's combination of them at this scale."""
         generator = torch.Generator().manual_seed(1)
         given: list[Tensor] = []
 

@@ -37,7 +37,7 @@ ENCODED: Mapping[str, Encoded] = {
     "SanaPipeline": _sana,
     "QwenImageEditPlusPipeline": _qwen_image_edit_plus,
 }
-"""What a pipeline's `encode_prompt` gives for a text of so many tokens, by the network's configuration."""
+"""The result of a pipeline's `encode_prompt` for a text of so many tokens, by the network's configuration."""
 
 
 class Outlined(RecordedFlow):

@@ -48,7 +48,7 @@ class Rearranged:
 
 
 def read(probes_KN: Tensor, responses_KM: Tensor) -> Rearranged | None:
-    """What came of `probes`, as a rearrangement; None where it is something else."""
+    """The rearrangement that turns `probes` into these responses; None where it is something else."""
     exact = responses_KM.dtype in (torch.float32, torch.float64)
     zero_M, one_M, random_M, *digits_M = responses_KM.double().cpu()
     factor_M = one_M - zero_M

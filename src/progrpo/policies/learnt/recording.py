@@ -50,12 +50,12 @@ class Script:
 
 @dataclass
 class Recording:
-    """What the pipeline handed to the stand-ins."""
+    """The values that the pipeline handed to the stand-ins."""
 
     calls: list[list[Inputs]] = field(default_factory=lambda: [[]])
     """The denoiser's calls of each step; the last list is that of a step that did not end."""
     outputs: list[Tensor] = field(default_factory=list)
-    """What the scheduler got as the network's output, a tensor a step."""
+    """The network's output as the scheduler got it, a tensor a step."""
     samples: list[Tensor] = field(default_factory=list)
     """The latents that the scheduler got, likewise."""
     grid: dict[str, Any] = field(default_factory=dict)

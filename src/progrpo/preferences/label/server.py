@@ -33,7 +33,7 @@ _TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 @dataclass
 class _Session:
-    """What an annotator has done since the server started, which can be taken back beyond the votes in the file."""
+    """An annotator's votes and skips that can be taken back: those since the start, and the votes in the file."""
 
     actions: list[str] = field(default_factory=list)
     """The keys of the questions, in the order of votes and skips."""

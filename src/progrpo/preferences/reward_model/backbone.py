@@ -1,4 +1,4 @@
-"""What a head sees of pictures and their prompts: the protocol of backbones.
+"""The protocol of backbones, which turn pictures and their prompts into the features that a head sees.
 
 Dimension letters: N pictures, each with its prompt, and D features.
 """

@@ -1,4 +1,4 @@
-"""What cross-validation chooses for the heads of a reward model: the penalty of each block of features, and how many
+"""The choice by cross-validation for the heads of a reward model: the penalty of each block of features, and how many
 labels are taken for flipped ones.
 
 Dimension letters: M pairs, D features, J blocks of features, F folds.
@@ -49,7 +49,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Choice:
-    """What cross-validation chose."""
+    """The choice of cross-validation, with the heads and losses by which it was made."""
 
     penalty_J: tuple[float, ...]
     """The penalty of each block, infinite where it is off."""

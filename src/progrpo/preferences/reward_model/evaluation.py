@@ -1,4 +1,4 @@
-"""How well a reward model predicts pairs: accuracy, calibration, and how far its members differ."""
+"""The quality of a reward model's predictions of pairs: accuracy, calibration, and the spread of its members."""
 
 from __future__ import annotations
 

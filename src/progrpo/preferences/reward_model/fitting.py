@@ -77,7 +77,7 @@ def _fit_resample(difference_MD: Tensor, pairs: Comparisons, times_M: Tensor, bl
 
 
 def _resamples(pairs: Comparisons, members: int, seed: int) -> Iterator[Tensor]:
-    """How often each pair (M,) is in each member's resample."""
+    """Draw each member's resample: the number of times that it holds each pair (M,)."""
     if members == 1:
         yield torch.ones(len(pairs), dtype=torch.float64)
         return

@@ -77,7 +77,7 @@ class LatentBackbone:
         raise ValueError("a latent reward head takes no LoRA")
 
     def facts(self) -> dict[str, Any]:
-        """What tells the autoencoder again: its model's name, and the features of a test picture."""
+        """The facts by which the autoencoder is recognised: its model's name, and the features of a test picture."""
         (test_D,) = picture_features(self._encode, [_test_picture()]).tolist()
         return {"model": self.model, "test_picture": test_D}
 

@@ -55,7 +55,7 @@ def chosen_backbone(name: str, pairs: Sequence[Pair]) -> str:
 
 
 def _not_of_shapes(pair: Pair) -> str:
-    """What makes a pair one of another world; empty if nothing does."""
+    """The reason why a pair is of another world; empty where it is of the shapes world."""
     for path in (pair.image_a, pair.image_b):
         with Image.open(path) as image:
             if image.size != (world.SIZE, world.SIZE):

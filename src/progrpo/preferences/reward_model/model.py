@@ -42,7 +42,7 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Description:
-    """What reward_model.json says."""
+    """The contents of reward_model.json."""
 
     backbone: str
     """`shapes`, a folder or a hub id; `latent` for a latent reward head."""
@@ -54,7 +54,7 @@ class Description:
     sha256: Mapping[str, str]
     """The checksums of the files beside it."""
     facts: Mapping[str, Any]
-    """How it was trained, and how good it is."""
+    """Facts on its training and its quality."""
 
 
 def save_reward_model(model: RewardModel, backbone: str, facts: Mapping[str, Any], folder: Path) -> None:

@@ -84,7 +84,7 @@ def _objects(out_BCXY: Tensor) -> Tensor:
 
 
 def agreement(counts_BO: Tensor, wanted_BO: Tensor) -> Tensor:
-    """How far the counts of objects by colour and by shape are what the prompts ask for, too many and too few."""
+    """The numbers of objects too many and too few for the prompts, summed over colours and over shapes."""
     counts_BO = counts_BO[:, : len(_KINDS)]
     parts = (slice(0, len(COLOURS)), slice(len(COLOURS), None))
     over, under = (counts_BO - wanted_BO).clamp(min=0), (wanted_BO - counts_BO).clamp(min=0)
@@ -105,7 +105,7 @@ def by_word(objects_BOXY: Tensor, ink_BHW: Tensor, words_BW: Tensor) -> Tensor:
 
 
 def ink(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each pixel (B, H, W) is ink, in [0, 1], and the pictures' levels (B, 3, H, W) in [0, 1].
+    """The amount of ink of each pixel (B, H, W), in [0, 1], and the pictures' levels (B, 3, H, W) in [0, 1].
 
     Ink is what differs from the picture's ground, the median colour of its border.
     """
@@ -150,13 +150,13 @@ def _axes(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def word_counts(prompts: Sequence[Prompt]) -> Tensor:
-    """How often each word for a colour, a shape, a number and a relation stands in each prompt, float32."""
+    """The counts of each word for a colour, a shape, a number and a relation in each prompt, float32."""
     rows = [[_words(prompt).count(word) for word in _WORDS] for prompt in prompts]
     return torch.tensor(rows).float().reshape(-1, len(_WORDS))
 
 
 def wanted_counts(prompts: Sequence[Prompt]) -> Tensor:
-    """How many objects of each colour and shape each prompt names, float32: a number counts the shape after it."""
+    """The number of objects of each colour and shape in each prompt, float32: a number counts the shape after it."""
     rows = []
     for prompt in prompts:
         row, number, colour = dict.fromkeys(_KINDS, 0), 1, ""

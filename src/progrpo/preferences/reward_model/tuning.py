@@ -29,7 +29,7 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning did."""
+    """The pairs that judged the epochs of tuning, and their losses."""
 
     judged_M: Tensor
     """Which pairs the tuning did not see (bool): a fifth of the prompts, by which the epoch was chosen."""

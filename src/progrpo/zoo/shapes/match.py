@@ -1,4 +1,4 @@
-"""How well a picture of the shapes world matches its prompt, graded without thresholds: a stand-in for a preference.
+"""The match of a picture of the shapes world with its prompt, without thresholds: a stand-in for a preference.
 
 The prompt's words say what each object should look like: its colour, its outline, its size and its place. The words of
 shape and colour name a direction each, and the colour's word a size, so different prompts want different layouts, and
@@ -42,7 +42,7 @@ class _Form(NamedTuple):
     area: float
     """The area where h = 1."""
     drop: float
-    """How far the centre of mass lies below the box's centre where h = 1."""
+    """The distance of the centre of mass below the box's centre where h = 1."""
 
 
 _FORMS = {
@@ -58,7 +58,7 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a prompt wants of one object: a colour (None: any of the palette), a shape, a centre and size in pixels."""
+    """An object that a prompt wants: a colour (None: any of the palette), a shape, a centre and a size in pixels."""
 
     colour: str | None
     shape: str
@@ -139,7 +139,7 @@ def inked(pictures_NHWC: np.ndarray) -> Ink:
 
 @dataclass(frozen=True)
 class _Regions:
-    """What is measured of R connected regions of ink, picture by picture."""
+    """Measurements of R connected regions of ink, picture by picture."""
 
     picture_R: np.ndarray
     area_R: np.ndarray
