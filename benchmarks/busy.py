@@ -91,10 +91,10 @@ def main() -> None:
         )
         return
     print(f"seconds of an iteration; beside {options.busy} others the lost share is {lost:.2g} x")
-    for spins, by_load in medians.items():
+    for spins, median in medians.items():
         print(
-            f"{spins:>8s}  alone {by_load['alone']:6.2f}  beside {by_load['beside']:6.2f}"
-            f" ({by_load['beside'] / by_load['alone']:.2f} x)"
+            f"{spins:>8s}  alone {median['alone']:6.2f}  beside {median['beside']:6.2f}"
+            f" ({median['beside'] / median['alone']:.2f} x)"
         )
 
 

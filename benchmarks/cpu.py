@@ -53,7 +53,8 @@ def decoding(model: str, pictures: int, rounds: int) -> dict[str, dict[str, floa
     optimize_for_cpu(ways["progrpo"])
     latents = torch.randn(pictures, true.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = true.decode(latents).sample
-    narrow, spent, error = latents.bfloat16(), {way: [] for way in ways}, {}
+    narrow, error = latents.bfloat16(), dict[str, float]()
+    spent: dict[str, list[float]] = {way: [] for way in ways}
     for way, decoder in ways.items():
         decoder.to(memory_format=torch.channels_last)
         error[way] = float((decoder.decode(narrow).sample.float() - expected).square().mean().sqrt())
@@ -97,16 +98,15 @@ def main() -> None:
         return
     keep_freed_memory()
     again = [sys.executable, __file__, "--only-call", "--model", options.model, "--rows", str(options.rows)]
-    results = {
-        "decoder": decoding(options.model, options.pictures, 3 * options.rounds),
-        "memory, ms a row": memory(again, -(-options.rounds // 2)),
-    }
+    decoders = decoding(options.model, options.pictures, 3 * options.rounds)
+    ms_per_row = memory(again, -(-options.rounds // 2))
     if options.json:
+        results = {"decoder": decoders, "memory, ms a row": ms_per_row}
         print(json.dumps({**vars(options), "torch": torch.__version__, **results}, indent=1))
         return
-    for name, figures in results["decoder"].items():
+    for name, figures in decoders.items():
         print(f"{name:17s} {figures['ms a picture']:.3f} ms a picture, {figures['rms']:.5f} from float32")
-    for name, ms in results["memory, ms a row"].items():
+    for name, ms in ms_per_row.items():
         print(f"{name:17s} {ms:.3f} ms a row of a network call")
 
 

@@ -114,8 +114,8 @@ class Residual(nn.Module):
         self.text = nn.Linear(text_width, 64)
         self.modulation = nn.Linear(64, 6 * WIDTH)
         self.last = nn.Conv2d(WIDTH, shape[0], 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_NCHW: Tensor, text_NLD: Tensor) -> Tensor:
         condition = self.modulation(F.gelu(self.text(text_NLD.float())).mean(1)).unflatten(1, (3, 2, WIDTH, 1, 1))

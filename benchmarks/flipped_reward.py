@@ -20,9 +20,12 @@ class FlippedStrict(StrictShapesReward):
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         scores = super().score(pictures_NHWC, prompts)
-        return [Score(abs(s.value - _flips(picture))) for s, picture in zip(scores, pictures_NHWC, strict=True)]
+        return [
+            score if score.value is None else Score(abs(score.value - _flips(picture)))
+            for score, picture in zip(scores, pictures_NHWC, strict=True)
+        ]
 
 
 def _flips(picture_HWC: np.ndarray) -> bool:
-    digest = blake2b(np.ascontiguousarray(picture_HWC), digest_size=8).digest()
+    digest = blake2b(picture_HWC.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < FLIPPED * 2**64

@@ -116,9 +116,9 @@ class Bench:
         process, output = self.sampling.process, torch.randn_like(x)
         parts["projection"] = seconds(lambda: process.x0(5, x, output))
         for decoding in ("whole", "tiled", "tiny"):
-            parts[f"decode, {decoding}"] = seconds(lambda decoding=decoding: self.decoded(x, decoding))
+            parts[f"decode, {decoding}"] = seconds(partial(self.decoded, x, decoding))
         for name in self.rewards:
-            parts[f"reward, {name}"] = seconds(lambda name=name: self.scores(pictures, name))
+            parts[f"reward, {name}"] = seconds(partial(self.scores, pictures, name))
         return parts
 
     def memory(self) -> dict[str, float]:

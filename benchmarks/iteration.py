@@ -73,6 +73,7 @@ from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
+from progrpo.tracking.records import metric
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate, flops_by_stage, sizes_for
@@ -143,7 +144,7 @@ def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
     policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
     policy.family.condition_shapes = lambda: shapes
     policy.family.encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
-    return policy  # type: ignore[no-any-return]
+    return policy
 
 
 def random_tiny_decoder(policy: Any) -> AutoencoderTiny:
@@ -289,7 +290,7 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
         with peak_memory() as peak:
             record = trainer.step().record
             peaks.append(peak())
-        ratios.append(record.get("update/on_policy_deviation", 0.0))
+        ratios.append(metric(record, "update/on_policy_deviation") or 0.0)
         after = bare.measure()
         units = {name: (before[name] + after[name]) / 2 for name in after}
         before = after

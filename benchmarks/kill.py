@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from progrpo import storage
 from progrpo.cli import main
@@ -46,6 +47,9 @@ from progrpo.config import (
 from progrpo.recipes import load_recipe
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.checkpoints import saved
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
 FORKING = multiprocessing.get_context("forkserver")
@@ -71,14 +75,16 @@ class Death:
     def watch(self) -> None:
         sync, write = os.fsync, safetensors.torch.save_file  # neither of them is an event that Python audits
 
-        def fsync(handle: int) -> None:
-            self._about_to("fsync", f"/proc/self/fd/{handle}")
-            sync(handle)
+        def fsync(fd: FileDescriptorLike) -> None:
+            self._about_to("fsync", f"/proc/self/fd/{fd if isinstance(fd, int) else fd.fileno()}")
+            sync(fd)
 
-        def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
-            self._about_to("save_file", path)
-            write(tensors, path, metadata)
-            self._about_to("save_file, half", path, lambda: os.truncate(path, os.path.getsize(path) // 2))
+        def save_file(
+            tensors: dict[str, Tensor], filename: str | os.PathLike[str], metadata: dict[str, str] | None = None
+        ) -> None:
+            self._about_to("save_file", filename)
+            write(tensors, filename, metadata)
+            self._about_to("save_file, half", filename, lambda: os.truncate(filename, os.path.getsize(filename) // 2))
 
         os.fsync, safetensors.torch.save_file, storage.save_file = fsync, save_file, save_file
         sys.addaudithook(self._audit)
@@ -92,8 +98,11 @@ class Death:
             folder = args[-1] if event != "os.rename" and args[-1] not in (-1, None) else None
             self._about_to(event, args[0] if folder is None else f"/proc/self/fd/{folder}/{os.fsdecode(args[0])}")
 
-    def _about_to(self, what: str, path: str | bytes | Path, dying: Callable[[], None] | None = None) -> None:
-        folder, name = os.path.split(os.fsdecode(path))
+    def _about_to(
+        self, what: str, written: str | bytes | os.PathLike[str], dying: Callable[[], None] | None = None
+    ) -> None:
+        path = os.fsdecode(written)
+        folder, name = os.path.split(path)
         place = os.path.realpath(path) if folder.startswith("/proc") else os.path.join(os.path.realpath(folder), name)
         if place != self._run and not place.startswith(self._run + os.sep):
             return

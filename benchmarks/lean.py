@@ -79,9 +79,9 @@ def passes(settings: ModelSettings) -> dict[str, float]:
 
 
 @torch.no_grad()
-def off_by(**changes: Any) -> dict[str, float]:
-    """The error of a changed shapes-flow at the latents that the unchanged one comes to."""
-    whole, changed = (load_policy(replace(ModelSettings(), **c)) for c in ({}, changes))
+def off_by(settings: ModelSettings) -> dict[str, float]:
+    """The error of shapes-flow by these settings at the latents that the unchanged one comes to."""
+    whole, changed = load_policy(ModelSettings()), load_policy(settings)
     prompts, levels, errors = sample_prompts("test", TEXTS, seed=0), whole.levels(STEPS), []
     conditions = {policy: policy.encode(prompts) for policy in (whole, changed)}
     x = torch.randn(TEXTS, *whole.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -95,7 +95,7 @@ def off_by(**changes: Any) -> dict[str, float]:
 @torch.no_grad()
 def cosines() -> dict[str, float]:
     """The cosine of each token's embedding, and of the pooled ones, with the whole encoders' in shapes-flow."""
-    whole, lean = (load_policy(replace(ModelSettings(), **c)) for c in ({}, {"text_quantize": "int8"}))
+    whole, lean = load_policy(ModelSettings()), load_policy(ModelSettings(text_quantize="int8"))
     prompts = sample_prompts("test", TEXTS, seed=0)
     one, other = whole.encode(prompts).tensors, lean.encode(prompts).tensors
     cosine = torch.cat([functional.cosine_similarity(one[name], other[name], dim=-1).flatten() for name in one])
@@ -132,9 +132,9 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     results: dict[str, Any] = {name: passes(settings) for name, settings in KNOBS.items()}
-    results["shapes-flow, int8"] = off_by(quantize="int8")
-    results["shapes-flow, bfloat16"] = off_by(dtype=torch.bfloat16)
-    results["shapes-flow, text encoders int8"] = cosines() | off_by(text_quantize="int8")
+    results["shapes-flow, int8"] = off_by(ModelSettings(quantize="int8"))
+    results["shapes-flow, bfloat16"] = off_by(ModelSettings(dtype="bfloat16"))
+    results["shapes-flow, text encoders int8"] = cosines() | off_by(ModelSettings(text_quantize="int8"))
     results["text encoder bfloat16"], results["text encoder int8"] = encoding(False), encoding(True)
     for name in ("adamw", "adamw_8bit") if find_spec("bitsandbytes") else ("adamw",):
         results[name] = averages(name)

@@ -114,11 +114,11 @@ def member_gradients(trainer: Trainer, objective: Objective, whole: Experience) 
     state, parts = trainer.learner.updater.optimizer.state, []
     for layer in layers:
         given, slope = (seen[layer].reshape(draws, len(whole), -1) for seen in (inputs, slopes))
-        for parameter, part in (
+        for weights, part in (
             (layer.weight, torch.einsum("dno,dni->noi", slope, given)),
             (layer.bias, slope.sum(0)),
         ):
-            root = state[parameter]["exp_avg_sq"].sqrt() + 1e-8  # by which AdamW divides
+            root = state[weights]["exp_avg_sq"].sqrt() + 1e-8  # by which AdamW divides
             parts.append((part / draws * root.rsqrt()).flatten(1))
     return torch.cat(parts, dim=1)
 

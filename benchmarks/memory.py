@@ -15,7 +15,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -39,11 +38,14 @@ from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sizes import Watch, sizes
 from progrpo.rewards.mixture import load_mixture
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.sampling import Sampling
 from progrpo.training.build import policy_context, policy_from, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate
 from progrpo.training.trainer import Trainer
-from progrpo.types import Condition
+from progrpo.training.update import Updated
+from progrpo.types import Condition, Rollout
 
 CALLED, TRAINED, DECODED = 8, 4, 4
 TOKENS = 32
@@ -139,10 +141,10 @@ def watched_step(trainer: Trainer) -> dict[str, int]:
     most: dict[str, int] = {}
     learn = trainer.learner.learn
 
-    def watched(*args: Any) -> Any:
+    def watched(rolled: Rollout, sampling: Sampling, key: NoiseKey, iteration: int) -> Updated:
         most["sampling"] = watch.most
         watch.most = 0  # what lives on is counted again with the next thing that is allocated
-        updated = learn(*args)
+        updated = learn(rolled, sampling, key, iteration)
         most["update"] = watch.most
         return updated
 
@@ -181,16 +183,16 @@ def iterations() -> dict[str, Config]:
     pruned = replace(
         base, prompts=PromptSettings(per_iteration=12), plan=PlanSettings("custom", group_size=24, prune=((3, 4),))
     )
-    low = {"latent_dtype": "bfloat16"}
+    low = replace(base.sampling, latent_dtype="bfloat16")
     dgpo, nft = (
         ObjectiveSettings("dgpo", dgpo=DGPOSettings(draws=1)),
         ObjectiveSettings("nft", nft=NFTSettings(draws=1)),
     )
     return {
         "GRPO, 24": base,
-        "GRPO, 24, latents in bfloat16": replace(base, sampling=replace(base.sampling, **low)),
+        "GRPO, 24, latents in bfloat16": replace(base, sampling=low),
         "GRPO, 24 -> 4": pruned,
-        "GRPO, 24 -> 4, latents in bfloat16": replace(pruned, sampling=replace(base.sampling, **low)),
+        "GRPO, 24 -> 4, latents in bfloat16": replace(pruned, sampling=low),
         "GRPO, 24, two updates": replace(base, optim=OptimSettings(microbatch=2, updates_per_rollout=2)),
         "NFT, 24": replace(base, objective=nft),
         "DGPO, 24, all weights": replace(base, objective=dgpo, model=ModelSettings(weights="full")),
@@ -225,9 +227,9 @@ def main() -> None:
         return
     for result in results:
         print(result["model"])
-        for part, figures in result.items():
-            if isinstance(figures, dict):
-                print(f"  {part:28s}" + "   ".join(f"{name} {value:9.2f}" for name, value in figures.items()))
+        for part, value in result.items():
+            if isinstance(value, dict):
+                print(f"  {part:28s}" + "   ".join(f"{name} {number:9.2f}" for name, number in value.items()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -32,6 +32,8 @@ from progrpo.recipes import load_recipe
 sys.path.append(str(Path(__file__).parents[1]))  # the tests have small pipelines of SDXL and FLUX.1
 from tests.support import pipelines
 
+Decoding = Literal["whole", "sliced", "tiled"]
+
 
 @dataclass(frozen=True)
 class NarrowModel:
@@ -46,7 +48,7 @@ class NarrowModel:
     published: str = ""
     """The model's hub id, where the recipe is of another one."""
 
-    def policy(self, side: int, decoding: str = "whole") -> PipelinePolicy:
+    def policy(self, side: int, decoding: Decoding = "whole") -> PipelinePolicy:
         """The policy for one size, with equal weights for all ways to decode."""
         torch.manual_seed(0)
         pipeline = self.pipeline()
@@ -58,7 +60,7 @@ class NarrowModel:
             network.get_buffer(name).copy_(buffer)
         name = "unet" if "unet" in pipeline.components else "transformer"
         pipeline = type(pipeline)(**{**pipeline.components, name: network, "vae": vae})
-        settings = ModelSettings(lora_rank=8, max_sequence_length=16, resolution=side, decoding=decoding)  # type: ignore[arg-type]
+        settings = ModelSettings(lora_rank=8, max_sequence_length=16, resolution=side, decoding=decoding)
         policy = policy_from_pipeline(pipeline, settings, PolicyContext())
         tiny = AutoencoderTiny(
             latent_channels=self.latent_channels,
@@ -69,7 +71,7 @@ class NarrowModel:
         policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
         return policy
 
-    def config(self, side: int, decoding: str) -> Config:
+    def config(self, side: int, decoding: Decoding) -> Config:
         """The recipe of the published model at this size."""
         config = load_recipe(self.recipe)
         model = replace(config.model, resolution=side, decoding=decoding, path=self.published or config.model.path)

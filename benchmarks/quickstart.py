@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -20,6 +21,7 @@ from typing import Any
 from progrpo.config import Config, to_dict
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
+from progrpo.tracking.records import iteration_of
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.entry import train_run
 
@@ -43,10 +45,10 @@ def finished(run: RunFolder, config: Config) -> bool:
 
 
 def result(run: RunFolder) -> dict[str, Any]:
-    summary = run.summary.read()
+    summary: Mapping[str, object] = run.summary.read()
     kept = ("seed", "iterations", "best_iterations", "wall_seconds", "nfe", "nfe_ratio_to_none", "device", "versions")
     curve = [
-        {"iteration": r["iteration"] + 1, **{name: r[f"eval/{name}"] for name in ("strict", "graded", "judge")}}
+        {"iteration": iteration_of(r) + 1, **{name: r[f"eval/{name}"] for name in ("strict", "graded", "judge")}}
         for r in run.metrics.read()
         if "eval/strict" in r
     ]

@@ -81,7 +81,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Each number or text of nested JSON data by its path, under its present name."""
     if isinstance(value, dict):
         for key, part in value.items():
-            name = RENAMED.get(key, key)
+            name = RENAMED.get(key) or key
             if not name.startswith(NOT_COMPARED):
                 yield from leaves(part, f"{path}/{name}")
     elif isinstance(value, list):

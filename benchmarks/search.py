@@ -26,6 +26,7 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import ode
+from progrpo.tracking.records import Metrics, metric
 from progrpo.training.build import (
     eval_prompts,
     judge_for,
@@ -253,8 +254,15 @@ def run(config: Config, seconds: float, every: float, pictures: int, by: str = "
         began = time.process_time()
         record = trainer.step().record
         cpu += time.process_time() - began
-        spent += record["seconds"] - record["time/audit"]
-        norms.append(record["update/grad_norm"])
+        spent += number_of(record, "seconds") - number_of(record, "time/audit")
+        norms.append(number_of(record, "update/grad_norm"))
+
+
+def number_of(record: Metrics, name: str) -> float:
+    """The number of a metric that each iteration has."""
+    number = metric(record, name)
+    assert number is not None, name
+    return number
 
 
 def _rounded(figures: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -93,8 +93,9 @@ def unhooked(denoiser: Any) -> Iterator[None]:
     finally:
         for module in denoiser.modules():
             registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
-            for name in list(registry.hooks) if registry else []:
-                registry.remove_hook(name, recurse=False)
+            if registry is not None:
+                for name in list(registry.hooks):
+                    registry.remove_hook(name, recurse=False)
 
 
 @contextmanager
@@ -158,13 +159,15 @@ def compared(groups: list[tuple[Tensor, Any]], whole: list[tuple[Tensor, Any]]) 
     for (x, own), (x_whole, other) in zip(groups, whole, strict=True):
         off.append(((x - x_whole).norm() / x_whole.norm()).item())
         if other.std() > 0 and own.std() > 0:
-            agreement.append(spearman(own, other))
-            kept.append(chosen_variance(torch.as_tensor(own), torch.as_tensor(other)))
+            rho, variance = spearman(own, other), chosen_variance(torch.as_tensor(own), torch.as_tensor(other))
+            assert rho is not None and variance is not None  # rewards differ on both sides
+            agreement.append(rho)
+            kept.append(variance)
     return {
         "reward_difference": differences.mean(),
         "standard_error": differences.std(ddof=1) / len(differences) ** 0.5,
         "spearman": float(np.mean(agreement)),
-        "V": float(np.mean([float(v) for v in kept])),
+        "V": float(np.mean(kept)),
         "latents_off_by": float(np.mean(off)),
         "groups": len(differences),
         "groups_that_differ": len(agreement),

@@ -146,6 +146,7 @@ def work(arm: str, config: Config, rank: int, port: int) -> list[Metrics]:
     )
     if arm == "corrected":
         learner = trainer.learner
+        assert isinstance(learner.objective, GRPO)
         learner.objective = AgainstTheSampler(learner.objective.settings)
         learner.updater.objective = learner.objective
     if rank == SAMPLER:

@@ -27,6 +27,7 @@ from progrpo.policies.base import Policy
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture
+from progrpo.tracking.records import metric
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import with_measured_microbatches
@@ -59,7 +60,9 @@ def choose(config: Config, policy: Policy, ranks: Ranks) -> dict[str, Any]:
 def iteration_seconds(config: Config, policy: Policy, ranks: Ranks) -> float:
     order = train_order(config.prompts, config.seed)
     trainer = Trainer(config, policy, load_mixture(config.reward.terms, config.reward.frames), order, ranks)
-    return float(trainer.step().record["seconds"])
+    seconds = metric(trainer.step().record, "seconds")
+    assert seconds is not None
+    return seconds
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -179,7 +179,15 @@ class Cell:
     shape: str
 
 
-class Run(TypedDict):
+class Followed(TypedDict, total=False):
+    """The course of a run whose plan changes, by the points of its curve."""
+
+    spent: list[float]
+    """The cost until each point, audits included."""
+    plans: list[str]
+
+
+class Run(Followed):
     """A run of a cell: the held-out reward by iterations."""
 
     objective: str
@@ -190,9 +198,6 @@ class Run(TypedDict):
     seed: int
     curve: list[tuple[int, float]]
     norm: float
-    spent: NotRequired[list[float]]
-    """The cost at each point of the curve, audits included, of a run whose plan changes; and the plans."""
-    plans: NotRequired[list[str]]
 
 
 def cell_of(entry: Run) -> Cell:
@@ -242,7 +247,8 @@ def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
 
 def _objective(name: str, choice: Choice) -> ObjectiveSettings:
     settings = ObjectiveSettings(name=name, baseline=choice.baseline)
-    return replace(settings, **{name: replace(settings.loss, negative_weight=choice.negative_weight)})
+    section: dict[str, Any] = {name: replace(settings.loss, negative_weight=choice.negative_weight)}
+    return replace(settings, **section)
 
 
 def iterations_of(choice: Choice, prompts: int) -> int:
@@ -304,11 +310,17 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
                 break  # a learning rate at which the model falls apart: the run does not reach the level
             moved = [(p.detach() - b).square().sum() for p, b in zip(policy.trainable.values(), before, strict=True)]
             norms.append(float(torch.stack(moved).sum().sqrt()))
-    followed: Any = {} if ratio is None else {"spent": spent, "plans": plans}
+    followed: Followed = {} if ratio is None else {"spent": spent, "plans": plans}
     return {
         **followed,
-        **{"objective": cell.objective, "choice": cell.choice, "shape": cell.shape},
-        **{"lr": lr, "prompts": prompts, "seed": seed, "curve": curve, "norm": round(mean(norms), 5)},
+        "objective": cell.objective,
+        "choice": cell.choice,
+        "shape": cell.shape,
+        "lr": lr,
+        "prompts": prompts,
+        "seed": seed,
+        "curve": curve,
+        "norm": round(mean(norms), 5),
     }
 
 
@@ -719,8 +731,10 @@ def _pairs(results: Results, many: int, few: int, power: float, share: float) ->
     costs: dict[tuple[Cell, int, float], float] = {}
     for objective, shape in dict.fromkeys((run["objective"], run["shape"]) for run in results.runs):
         ends = results.ends(objective, shape)
-        for cell in [Cell(objective, choice, shape) for choice in FIXED] if ends is not None else []:
-            level = level_of(ends, share)
+        if ends is None:
+            continue
+        level = level_of(ends, share)
+        for cell in (Cell(objective, choice, shape) for choice in FIXED):
             of_one = [entry for entry in results.of(cell) if entry["seed"] == 0]
             costs |= {(cell, entry["prompts"], entry["lr"]): cost_to(entry, level, 1.0) for entry in of_one}
     pairs = []

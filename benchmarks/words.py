@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -20,6 +21,7 @@ from quickstart import began, finished
 
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
+from progrpo.tracking.records import iteration_of
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints
 from progrpo.training.entry import resume_run, train_run
@@ -32,14 +34,15 @@ def result(run: RunFolder) -> dict[str, Any]:
     """The figures of a finished run."""
     summary = run.summary.read()
     kept = ("seed", "iterations", "best_iterations", "wall_seconds", "nfe", "device", "versions")
-    figures = {name: summary[name] for name in kept}
-    for when in ("before", "after"):
-        figures |= {f"{name}_{when}": summary[f"{name}_{when}"] for name in ("accuracy", "reward", "diversity")}
-        figures[f"ocr_{when}"] = summary[f"held_out_{when}"]["ocr"]
-        figures[f"by_kind_{when}"] = summary[f"accuracy_by_kind_{when}"]
+    by_name: Mapping[str, object] = summary
+    figures = {name: by_name[name] for name in kept}
+    for when, held_out in (("before", summary["held_out_before"]), ("after", summary["held_out_after"])):
+        figures |= {f"{name}_{when}": by_name[f"{name}_{when}"] for name in ("accuracy", "reward", "diversity")}
+        figures[f"ocr_{when}"] = held_out["ocr"]
+        figures[f"by_kind_{when}"] = by_name[f"accuracy_by_kind_{when}"]
     figures["dtype"] = json.loads((run.path / "config.json").read_text())["model"]["dtype"]
     figures["validation"] = [
-        {"iteration": r["iteration"] + 1, "exact": r["eval/strict"], "reward": r["eval/graded"]}
+        {"iteration": iteration_of(r) + 1, "exact": r["eval/strict"], "reward": r["eval/graded"]}
         for r in run.metrics.read()
         if "eval/strict" in r
     ]
@@ -76,9 +79,12 @@ def _row(name: str, r: dict[str, Any]) -> str:
 def with_tables(page: str, results: list[dict[str, Any]]) -> str:
     """The page with its tables made from these results."""
     for name, table in tables(results).items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        page = re.sub(f"{begin}.*?{end}", lambda _, new=begin + table + end: new, page, flags=re.DOTALL)
+        page = _with_table(page, f"<!-- {name}:begin -->\n", table, f"<!-- {name}:end -->")
     return page
+
+
+def _with_table(page: str, begin: str, table: str, end: str) -> str:
+    return re.sub(f"{begin}.*?{end}", lambda _: begin + table + end, page, flags=re.DOTALL)
 
 
 def main() -> None:
