@@ -183,7 +183,7 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in reference)
     lines = [
         "| arm | rate, 1e-5 | seeds | updates | reward | strict | judge | diversity | distance | gradient"
-        " | core seconds to 50 / 75 / 100 % |",
+        " | core s to 50 / 75 / 100 % |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         f"| the base | | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
     ]
