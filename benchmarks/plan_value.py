@@ -2,17 +2,17 @@
 
     python benchmarks/plan_value.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2]
         [--plans standard "24 -> 12 after 4"] [--num-inference-steps 8] [--guidance-scale 1] [--window 3]
-        [--ode-steps 1] [--objective dgpo] [--reward shapes_match] [--json [FILE]]
+        [--ode-steps 1] [--members 48] [--objective dgpo] [--reward shapes_match] [--json [FILE]]
 
 The policy is a recipe's after so many of its iterations; without `--recipe` it is GRPO with a LoRA on `shapes-flow`,
-unpruned. `--objective` and `--reward` put others in their places. Groups of 48 then run to their end, previewed at
-every step, and each member's gradient is taken. From these follows the gradient of every plan on the same members: it
-keeps the members that the previews choose, and has advantages among its survivors, as a run has. The value of a
-gradient is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other prompts) over
-its variance from prompt to prompt. No step size is in it. Lengths are AdamW's: a weight counts by its gradient over the
-fourth root of its second moment, so that the product with the policy gradient is the gain of a step in first order.
-Gradients of all trained weights are hashed to DIMS numbers with random signs, which keeps inner products. DGPO's weight
-of decided groups is left out.
+unpruned. `--objective` and `--reward` put others in their places. Groups of `--members` then run to their end,
+previewed at every step, and each member's gradient is taken. From these follows the gradient of every plan on the same
+members: it keeps the members that the previews choose, and has advantages among its survivors, as a run has. The value
+of a gradient is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other prompts)
+over its variance from prompt to prompt. No step size is in it. Lengths are AdamW's: a weight counts by its gradient
+over the fourth root of its second moment, so that the product with the policy gradient is the gain of a step in first
+order. Gradients of all trained weights are hashed to DIMS numbers with random signs, which keeps inner products. DGPO's
+weight of decided groups is left out.
 
 signal      SNR^2 per prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all
             prompts
@@ -62,18 +62,22 @@ from progrpo.training.update import half_of_each
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
 
-LARGEST, DIMS = 48, 2**15
+DIMS = 2**15
+MICROBATCH = 48
 
 
-def plans(steps: int) -> dict[str, Plan]:
-    """The plans by name: `none` first, then other presets, plain groups, final choices, and one prune point."""
+def plans(steps: int, members: int) -> dict[str, Plan]:
+    """The plans of groups of up to so many members, by name.
+
+    They are `none` first, then other presets, plain groups, final choices, and one prune point.
+    """
     named = {name: preset(name, steps) for name in ("none", "posthoc", "standard", "flash")}
     named |= {f"plain {size}": Plan(size) for size in (8, 12, 16, 48)}
     named |= {f"{size}, best {keep}": Plan(size, (), keep) for size, keep in ((24, 6), (48, 24), (48, 12))}
     for size, keep in ((24, 12), (24, 6), (48, 24), (48, 12)):
         for step in range(1, steps - 1):
             named[f"{size} -> {keep} after {step}"] = Plan(size, (PrunePoint(step, keep),))
-    return named
+    return {name: plan for name, plan in named.items() if plan.group_size <= members}
 
 
 class Members(NamedTuple):
@@ -101,9 +105,9 @@ class Bench:
     def trained(self) -> list[torch.nn.Parameter]:
         return list(self.trainer.policy.trainable.values())
 
-    def group(self, prompt: Prompt, slot: int, seed: int) -> Members:
-        whole, seen_TG, final_G = self.finished(prompt, slot, seed, LARGEST)
-        gradients = [self.gradient(whole.take(torch.tensor([member]))) * self.factor for member in range(LARGEST)]
+    def group(self, prompt: Prompt, slot: int, seed: int, size: int) -> Members:
+        whole, seen_TG, final_G = self.finished(prompt, slot, seed, size)
+        gradients = [self.gradient(whole.take(torch.tensor([member]))) * self.factor for member in range(size)]
         hashed = [torch.zeros(DIMS).index_add(0, self.place, gradient) for gradient in gradients]
         return Members(seen_TG, final_G, torch.stack(hashed))
 
@@ -127,7 +131,7 @@ class Bench:
 
     def gradient(self, of: Experience) -> Tensor:
         """The gradient of the loss over these members, of all trained weights in a row."""
-        ready = self.objective.prepare(self.trainer.policy, of, LARGEST, updates=1)
+        ready = self.objective.prepare(self.trainer.policy, of, MICROBATCH, updates=1)
         items = torch.arange(len(of) * self.objective.settings.items_per_trajectory(len(ready.trajectories.path)))
         self.objective.loss(self.trainer.policy, ready, items).total.backward()
         none = torch.zeros(())
@@ -258,7 +262,8 @@ def config_for(options: argparse.Namespace) -> Config:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     config, ranks = config_for(options), Ranks()
     steps = config.sampling.num_inference_steps
-    named = {name: plan for name, plan in plans(steps).items() if name in ("none", *(options.plans or plans(steps)))}
+    known = plans(steps, options.members)
+    named = {name: plan for name, plan in known.items() if name in ("none", *(options.plans or known))}
     gradients: dict[str, list[Tensor]] = {name: [] for name in ("full", *named)}
     halves: list[Tensor] = []
     agreements: list[list[float | None]] = []
@@ -270,8 +275,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         clip_max = trainer.learner.objective.settings.adv_clip_max
         of_seed: dict[str, list[Tensor]] = {name: [] for name in gradients}
         for slot, prompt in enumerate(world.sample_prompts("validation", options.prompts, seed)):
-            members = bench.group(prompt, slot, seed)
-            for name, plan in {"full": Plan(LARGEST), **named}.items():
+            members = bench.group(prompt, slot, seed, options.members)
+            for name, plan in {"full": Plan(options.members), **named}.items():
                 of_seed[name].append(gradient_of(plan, members, clip_max))
             halves.append(halves_of(named["none"], members, clip_max, slot))
             standard_G = standardised(members.final_G.numpy())
@@ -285,7 +290,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, by_prompt in of_seed.items():
             gradients[name].append(torch.stack(by_prompt))
     agreement_T = [float(np.mean([v or 0.0 for v in step])) for step in zip(*agreements, strict=True)]
-    simulation = Simulation.of(agreement_T, finals, LARGEST)
+    simulation = Simulation.of(agreement_T, finals, options.members)
     own_direction = own_noise(gradients["none"], halves) / simulation.signal(named["none"], ovf)
     expected = {name: of_prompt(simulation.signal(plan, ovf), own_direction) for name, plan in named.items()}
     results = {}
@@ -340,12 +345,17 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--window", type=int, help="noise and training on the first so many steps alone")
     parser.add_argument("--ode-steps", type=int, default=1, help="of previews")
+    parser.add_argument(
+        "--members", type=int, default=48, help="of a full group; plans with larger groups are left out"
+    )
     parser.add_argument("--objective", help="another than the recipe's or GRPO")
     parser.add_argument("--reward", help="another than the recipe's or the graded verifier")
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
     options = parser.parse_args()
     quiet()
-    known = plans(config_for(options).sampling.num_inference_steps)
+    if options.members < 24:
+        parser.error(f"--members {options.members} is below 24, the group size of the plan none")
+    known = plans(config_for(options).sampling.num_inference_steps, options.members)
     for name in set(options.plans or ()) - set(known):
         parser.error(f"--plans: {name!r} is unknown; choose of {', '.join(known)}")
     results = measure(options)

@@ -158,43 +158,56 @@ def of_task(results: Sequence[dict[str, Any]], model: str, reward: str) -> list[
     ]
 
 
-def curves_of(results: Sequence[dict[str, Any]], arm: str) -> list[list[dict[str, Any]]]:
-    """The curves of an arm at the learning rate that has the most of them, the first of equals."""
+def curves_by_rate(results: Sequence[dict[str, Any]], arm: str) -> dict[float, list[list[dict[str, Any]]]]:
+    """The curves of an arm by learning rate, ascending."""
     by_rate: dict[float, list[list[dict[str, Any]]]] = {}
     for entry in results:
         if entry["arm"] == arm:
             by_rate.setdefault(entry["lr"], []).append(entry["curve"])
-    return max(by_rate.values(), key=len, default=[])
+    return dict(sorted(by_rate.items()))
+
+
+def curves_of(results: Sequence[dict[str, Any]], arm: str) -> list[list[dict[str, Any]]]:
+    """The curves of an arm at the learning rate that has the most of them, of equals the one that ends highest."""
+
+    def standing(curves: list[list[dict[str, Any]]]) -> tuple[int, float]:
+        return len(curves), mean(curve[-1]["reward"] for curve in curves)
+
+    return max(curves_by_rate(results, arm).values(), key=standing, default=[])
 
 
 def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
-    """A row per arm."""
+    """A row for each learning rate of each arm."""
     reference = curves_of(results, study.reference)
     base = mean(curve[0]["reward"] for curve in reference)
     final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in reference)
     lines = [
-        "| arm | seeds | updates | reward | strict | judge | diversity | distance | gradient"
-        " | core seconds to 50 / 75 / 100 % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        f"| the base | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
+        "| arm | rate, 1e-5 | seeds | updates | reward | strict | judge | diversity | distance | gradient"
+        " | core s to 50 / 75 / 100 % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| the base | | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
     ]
+    levels = [base + share * (final - base) for share in (0.5, 0.75, 1.0)]
     for arm in study.arms:
-        curves = curves_of(results, arm)
-        if not curves:
-            continue
-        ends = [curve[-1]["reward"] for curve in curves]
-        spread = f" ± {stdev(ends):.3f}" if len(ends) > 1 else ""
-        times = []
-        for share in (0.5, 0.75, 1.0):
-            reached = [reached_at(curve, base + share * (final - base), "cpu_seconds") for curve in curves]
-            there = [value for value in reached if value is not None]
-            of_all = "" if len(there) == len(reached) else f" ({len(there)} of {len(reached)})"
-            times.append(f"{mean(there):.0f}{of_all}" if there else "-")
-        lines.append(
-            f"| {arm} | {len(curves)} | {curves[0][-1]['iterations']} | {mean(ends):.3f}{spread}"
-            f" | {_figures(curves)} | {_path(curves)} | {' / '.join(times)} |"
-        )
+        for lr, curves in curves_by_rate(results, arm).items():
+            ends = [curve[-1]["reward"] for curve in curves]
+            spread = f" ± {stdev(ends):.3f}" if len(ends) > 1 else ""
+            lines.append(
+                f"| {arm} | {lr * 1e5:g} | {len(curves)} | {curves[0][-1]['iterations']} | {mean(ends):.3f}{spread}"
+                f" | {_figures(curves)} | {_path(curves)} | {_times(curves, levels)} |"
+            )
     return "\n".join(lines)
+
+
+def _times(curves: Sequence[Sequence[dict[str, Any]]], levels: Sequence[float]) -> str:
+    """The core seconds to each level: the mean over the curves that reach it."""
+    times = []
+    for level in levels:
+        reached = [reached_at(curve, level, "cpu_seconds") for curve in curves]
+        there = [value for value in reached if value is not None]
+        of_all = "" if len(there) == len(reached) else f" ({len(there)} of {len(reached)})"
+        times.append(f"{mean(there):.0f}{of_all}" if there else "-")
+    return " / ".join(times)
 
 
 def _figures(curves: Sequence[Sequence[dict[str, Any]]], at: int = -1) -> str:
