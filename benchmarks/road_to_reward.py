@@ -97,12 +97,12 @@ GRPO_ARMS: dict[str, Changes] = {
     "plain 24, KL 0.04": changed(SHORT, {"objective": {"name": "grpo", "grpo": {"kl_beta": 0.04}}}),
     "plain 24, CPS": changed(SHORT, {"sampling": {"sampler": "cps"}}),
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
-    "first 3 steps, plain 24": FIRST_3,
-    "first 3 steps, 12 of 24 after 2": FIRST_3_PRUNED,
-    "first 3 steps, plain 6": changed(FIRST_3, {"plan": {"group_size": 6}}),
-    "first 3 steps, 6 of 12 after 4": changed(FIRST_3, LATE),
-    "first 3 steps, LoRA, plain 24": changed(FIRST_3, LORA),
-    "first 3 steps, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
+    "first 3, plain 24": FIRST_3,
+    "first 3, 12 of 24 after 2": FIRST_3_PRUNED,
+    "first 3, plain 6": changed(FIRST_3, {"plan": {"group_size": 6}}),
+    "first 3, 6 of 12 after 4": changed(FIRST_3, LATE),
+    "first 3, LoRA, plain 24": changed(FIRST_3, LORA),
+    "first 3, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
 }
 
 
@@ -182,8 +182,8 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     base = mean(curve[0]["reward"] for curve in reference)
     final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in reference)
     lines = [
-        "| arm | rate, 1e-5 | seeds | updates | reward | strict | judge | diversity | distance | gradient"
-        " | core s to 50 / 75 / 100 % |",
+        "| arm | lr, 1e-5 | seeds | updates | reward | strict | judge | diversity | distance | gradient"
+        " | s to 50 / 75 / 100 % |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         f"| the base | | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
     ]
@@ -200,12 +200,12 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
 
 
 def _times(curves: Sequence[Sequence[dict[str, Any]]], levels: Sequence[float]) -> str:
-    """The core seconds to each level: the mean over the curves that reach it."""
+    """The core seconds to each level: the mean over the curves that reach it, and their number where it is not all."""
     times = []
     for level in levels:
         reached = [reached_at(curve, level, "cpu_seconds") for curve in curves]
         there = [value for value in reached if value is not None]
-        of_all = "" if len(there) == len(reached) else f" ({len(there)} of {len(reached)})"
+        of_all = "" if len(there) == len(reached) else f" ({len(there)})"
         times.append(f"{mean(there):.0f}{of_all}" if there else "-")
     return " / ".join(times)
 
