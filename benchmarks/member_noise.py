@@ -301,7 +301,7 @@ def main() -> None:
         name: study(name, arguments.shape, arguments.after, arguments.prompts, arguments.keep)
         for name in arguments.objectives
     }
-    content = json.dumps({**vars(arguments), "torch": torch.__version__, "found": studies}, indent=1) + "\n"
+    content = json.dumps({**vars(arguments), "torch": torch.__version__, "results": studies}, indent=1) + "\n"
     if arguments.json not in (None, "-"):
         Path(arguments.json).write_text(content)
     print(content if arguments.json == "-" else table(studies))

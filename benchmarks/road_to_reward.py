@@ -41,7 +41,7 @@ TRAINED = 3.0  # network calls that a trained step takes: forward, and twice tha
 PICTURES, EVALUATIONS = 256, 8
 PROMPTS, GROUP = 6, 24
 MEASURES = {"flipped_reward:FlippedStrict": "shapes_strict"}
-"""What measures a run with this reward; without an entry it is the reward itself."""
+"""The reward that measures a run with this one; without an entry it is the same."""
 INK, QUIET = (40, 44, 52), (128, 134, 144)
 COLOURS = (
     *((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50)),

@@ -372,7 +372,7 @@ def main() -> None:
             chosen = config if plan == "recipe" else replace(config, plan=PlanSettings(preset=plan))
             results.setdefault(recipe, {})[plan] = table(chosen, options, options.processes)
     if options.json:
-        print(json.dumps({**vars(options), "found": results}, indent=1))
+        print(json.dumps({**vars(options), "results": results}, indent=1))
         return
     for recipe, result in results.items():
         if options.check:

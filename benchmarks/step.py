@@ -144,7 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     results = measure(options)
-    content = json.dumps({**vars(options), "torch": torch.__version__, "found": results}, indent=1) + "\n"
+    content = json.dumps({**vars(options), "torch": torch.__version__, "results": results}, indent=1) + "\n"
     if options.json not in (None, "-"):
         Path(options.json).write_text(content)
     print(content if options.json == "-" else table(results))

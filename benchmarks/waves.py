@@ -107,7 +107,7 @@ def main() -> None:
                 most = by_waves[options.waves[0]]["bound"]
                 print(f"{plan:9s} {ms:3g} ms a picture, waves {by_count}; at most {most:.2f}", flush=True)
     if options.json:
-        print(json.dumps({**vars(options), "found": results}, indent=1))
+        print(json.dumps({**vars(options), "results": results}, indent=1))
 
 
 if __name__ == "__main__":

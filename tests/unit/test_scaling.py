@@ -109,7 +109,7 @@ def test_iterations_of_an_architecture_with_random_weights(model):
 @pytest.mark.slow
 def test_scaling_by_what_was_measured():
     told = ran("scaling.py", "--recipes", "smoke", "--plans", "recipe", "--measure", "--processes", "1", "2", "8")
-    by_world = told["found"]["smoke"]["recipe"]
+    by_world = told["results"]["smoke"]["recipe"]
     assert by_world["1"]["efficiency"] == 1 and by_world["1"]["objects"] == 0
     assert by_world["8"]["groups split"] and by_world["2"]["sample"] < by_world["1"]["sample"]
     assert all(torch.isfinite(torch.tensor(r["seconds"])) for r in by_world.values())
