@@ -227,7 +227,7 @@ def fuzz(requests: int, clients: int, seed: int) -> dict[str, Any]:
         "honest_pictures_wrong_or_missing": scored.total() - scored["right"],
         "slowest_answer_seconds": round(slowest[0], 2),
         "server_MB": [round(mb, 1) for life in server.lives for mb in life],
-        "ended_when_told": code == -signal.SIGTERM,
+        "ended_by_sigterm": code == -signal.SIGTERM,
         "seconds": round(seconds, 1),
     }
 

@@ -140,8 +140,8 @@ def family_at_length(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def told() -> Callable[..., list[Any]]:
-    return runs.told
+def prompts_of() -> Callable[..., list[Any]]:
+    return runs.prompts_of
 
 
 @pytest.fixture(scope="session")
@@ -247,5 +247,5 @@ def linear_transitions() -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """The system's Chromium, one for the tests of a file: while it runs, nobody else can run an event loop."""
-    with chromium() as found:
-        yield found
+    with chromium() as chrome:
+        yield chrome

@@ -47,5 +47,5 @@ def faults(site: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = faults(Path(sys.argv[1]))
-    sys.exit("\n".join(found) if found else 0)
+    problems = faults(Path(sys.argv[1]))
+    sys.exit("\n".join(problems) if problems else 0)

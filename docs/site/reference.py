@@ -73,8 +73,10 @@ def _attribute_docs(kind: type) -> dict[str, str]:
     """The docstrings of a class's fields; those that it inherits as well."""
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
-        found = ModuleAnalyzer.for_module(base.__module__).find_attr_docs()
-        docs |= {name: "\n".join(lines).strip() for (owner, name), lines in found.items() if owner == base.__name__}
+        attributes = ModuleAnalyzer.for_module(base.__module__).find_attr_docs()
+        docs |= {
+            name: "\n".join(lines).strip() for (owner, name), lines in attributes.items() if owner == base.__name__
+        }
     return docs
 
 

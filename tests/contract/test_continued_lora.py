@@ -29,8 +29,8 @@ def folder(family_at_length: Path) -> Path:
 
 
 @pytest.fixture
-def told(told: Any) -> Any:
-    return told("red cat", "blue dog")
+def prompts(prompts_of: Any) -> Any:
+    return prompts_of("red cat", "blue dog")
 
 
 @torch.no_grad()
@@ -39,9 +39,9 @@ def velocity(policy: Policy, prompts: Any) -> Tensor:
     return policy.predict(x, torch.tensor(700.0), policy.encode(prompts))
 
 
-def same(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
+def same(actual: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
     """Up to the rounding of a network's products."""
-    torch.testing.assert_close(found, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
 
 
 def settings_for(folder: Path) -> ModelSettings:
@@ -67,7 +67,7 @@ def settings_in(folder: Path) -> Any:
         return json.loads(file.metadata()["lora_adapter_metadata"])
 
 
-def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told, tmp_path):
+def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, prompts, tmp_path):
     first = trained(folder, move, tmp_path / "first")
     states = []
     for load in (
@@ -80,21 +80,21 @@ def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told
     assert torch.equal(*states)  # diffusers draws while it loads a Wan
     assert policy.trainable.keys() == first.trainable.keys()
     assert all(p.requires_grad and torch.equal(p, first.trainable[name]) for name, p in policy.trainable.items())
-    before = velocity(first, told)
-    same(velocity(policy, told), before)
+    before = velocity(first, prompts)
+    same(velocity(policy, prompts), before)
     policy.save(tmp_path / "same")
     assert settings_in(tmp_path / "same") == settings_in(tmp_path / "first")
 
     move(policy, 0.2)
-    after = velocity(policy, told)
+    after = velocity(policy, prompts)
     assert (after - before).abs().max() > 1e-3
     with policy.weights("reference"):
-        same(velocity(policy, told), before)
+        same(velocity(policy, prompts), before)
     policy.save(tmp_path / "second")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(tmp_path / "second", local_files_only=True)
     other = load_policy(replace(settings_for(folder), path=str(folder)), trained=tmp_path / "second")
-    same(velocity(other, told), after)
+    same(velocity(other, prompts), after)
     denoiser = getattr(pipeline, policy.denoiser_name)
     loaded = dict(denoiser.named_parameters())
     assert denoiser.peft_config["default_0"].lora_alpha == 2
@@ -114,28 +114,28 @@ def applied(folder: Path, tensors: dict[str, Tensor]) -> Policy:
 
 
 @pytest.mark.parametrize("alpha", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 7])
-def test_tensors_alone_are_the_trained_model(folder, move, told, tmp_path, alpha):
+def test_tensors_alone_are_the_trained_model(folder, move, prompts, tmp_path, alpha):
     policy = trained(folder, move, tmp_path, lora_alpha=alpha)
-    expected = velocity(policy, told)
-    same(velocity(applied(folder, load_file(tmp_path / FILE)), told), expected, 1e-4)
+    expected = velocity(policy, prompts)
+    same(velocity(applied(folder, load_file(tmp_path / FILE)), prompts), expected, 1e-4)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(load_file(tmp_path / FILE))  # the tensors, without a header
     policy.family.denoiser = getattr(pipeline, policy.denoiser_name)
-    same(velocity(policy, told), expected, 1e-4)
+    same(velocity(policy, prompts), expected, 1e-4)
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(1, True), (2, True), (4, True), (6, False)])
-def test_who_goes_on_gets_the_alpha_that_was_trained_with(tiny_sd3, move, told, tmp_path, alpha, exact):
+def test_who_goes_on_gets_the_alpha_that_was_trained_with(tiny_sd3, move, prompts, tmp_path, alpha, exact):
     first = trained(tiny_sd3, move, tmp_path, lora_alpha=alpha)
     policy = continued(tiny_sd3, tmp_path)
     assert policy.denoiser.peft_config["default"].lora_alpha == alpha
     off = [(p - first.trainable[name]).abs() / p.abs() for name, p in policy.trainable.items()]
     assert max(map(torch.max, off)) <= (0 if exact else torch.finfo(torch.float32).eps)
-    expected = velocity(first, told)
-    same(velocity(policy, told), expected)
+    expected = velocity(first, prompts)
+    same(velocity(policy, prompts), expected)
 
 
-def test_what_was_saved_before_with_alpha_in_its_header_alone_still_means_the_same(tiny_sd3, move, told, tmp_path):
+def test_what_was_saved_before_with_alpha_in_its_header_alone_still_means_the_same(tiny_sd3, move, prompts, tmp_path):
     first = trained(tiny_sd3, move, tmp_path)
     adapter = {**first.denoiser.peft_config["default"].to_dict(), "target_modules": ["to_q", "to_k", "to_v"]}
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{name}": v for name, v in adapter.items()})}
@@ -144,7 +144,7 @@ def test_what_was_saved_before_with_alpha_in_its_header_alone_still_means_the_sa
     policy = continued(tiny_sd3, tmp_path / "old.safetensors")
     assert all(torch.equal(p, first.trainable[name]) for name, p in policy.trainable.items())
     assert policy.denoiser.peft_config["default"].lora_alpha == 4
-    same(velocity(policy, told), velocity(first, told))
+    same(velocity(policy, prompts), velocity(first, prompts))
 
 
 def test_in_low_precision_not_a_bit_of_it_is_lost(tiny_kontext, move, tmp_path):
@@ -162,7 +162,7 @@ def test_in_low_precision_not_a_bit_of_it_is_lost(tiny_kontext, move, tmp_path):
     assert all(torch.equal(p, plain[name]) for name, p in looked_at.frozen())
 
 
-def test_a_lora_of_other_layers_and_several_ranks_keeps_them(tiny_sd3, move, told, tmp_path):
+def test_a_lora_of_other_layers_and_several_ranks_keeps_them(tiny_sd3, move, prompts, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd3)
     layers, patterns = ["attn.to_q", "attn.to_v"], {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 9}}
     pipeline.transformer.add_adapter(LoraConfig(r=1, lora_alpha=2, target_modules=layers, **patterns))
@@ -180,11 +180,11 @@ def test_a_lora_of_other_layers_and_several_ranks_keeps_them(tiny_sd3, move, tol
     move(policy, 0.1)
     policy.save(tmp_path / "ours")
     again = continued(tiny_sd3, tmp_path / "ours")
-    same(velocity(again, told), velocity(policy, told))
+    same(velocity(again, prompts), velocity(policy, prompts))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_layers_of_several_strengths_are_saved_as_strong_as_they_are(tiny_sd3, told, tmp_path, rslora):
+def test_layers_of_several_strengths_are_saved_as_strong_as_they_are(tiny_sd3, prompts, tmp_path, rslora):
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd3)
     layers = ["attn.to_q", "attn.to_v", "ff.net.2"]
     patterns = {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 9, "ff.net.2": 5}}
@@ -196,20 +196,20 @@ def test_layers_of_several_strengths_are_saved_as_strong_as_they_are(tiny_sd3, t
                 p.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
     pipeline.transformer.save_lora_adapter(tmp_path, weight_name=FILE)  # its names, without the part's
     policy = continued(tiny_sd3, tmp_path)
-    expected = velocity(policy, told)
+    expected = velocity(policy, prompts)
     policy.save(tmp_path / "ours")
     policy.family.denoiser = pipeline.transformer  # as diffusers has it
-    same(velocity(policy, told), expected, 1e-4)
+    same(velocity(policy, prompts), expected, 1e-4)
     tensors = load_file(tmp_path / "ours" / FILE)
-    same(velocity(applied(tiny_sd3, tensors), told), expected, 1e-4)
+    same(velocity(applied(tiny_sd3, tensors), prompts), expected, 1e-4)
     for saved in (tmp_path / "ours", tensors):
         pipeline.unload_lora_weights()
         pipeline.load_lora_weights(saved)
-        same(velocity(policy, told), expected, 1e-4)
+        same(velocity(policy, prompts), expected, 1e-4)
     again = continued(tiny_sd3, tmp_path / "ours")
     config = again.denoiser.peft_config["default"]
     assert (config.lora_alpha, config.alpha_pattern, config.use_rslora) == (4, patterns["alpha_pattern"], rslora)
-    same(velocity(again, told), expected)
+    same(velocity(again, prompts), expected)
 
 
 def test_what_cannot_be_trained_further_is_said_in_a_sentence(

@@ -32,13 +32,13 @@ Output = Callable[[Any], Tensor]
 
 
 @pytest.fixture
-def output(told: Any) -> Output:
+def output(prompts_of: Any) -> Output:
     """The network's output for two prompts."""
 
     @torch.no_grad()
     def of(policy: Any) -> Tensor:
         x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
-        return policy.predict(x, torch.tensor(700.0), policy.encode(told("red cat", "blue dog")))
+        return policy.predict(x, torch.tensor(700.0), policy.encode(prompts_of("red cat", "blue dog")))
 
     return of
 
@@ -57,8 +57,8 @@ def trained_run(folder: Path, move: Any, out: Path) -> Any:
     return policy
 
 
-def same(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
+def same(actual: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_output_and_gradients_are_those_of_the_scaled_weight(layers, stored):
         magnitude.weight.mul_(torch.linspace(0.5, 2, 6))
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
     plain = base(x)
-    found = plain + magnitude(x, lora_A=first, lora_B=second, scaling=scale, base_layer=base, base_result=plain)
+    adapted = plain + magnitude(x, lora_A=first, lora_B=second, scaling=scale, base_layer=base, base_result=plain)
 
     wide = base.weight.double() * base.scale.double() if stored == "int8" else base.weight.double()
     a, b, m = (p.detach().double().requires_grad_() for p in (first.weight, second.weight, magnitude.weight))
@@ -85,9 +85,9 @@ def test_output_and_gradients_are_those_of_the_scaled_weight(layers, stored):
     lengths = changed.square().sum(1).sqrt().detach()
     bias: Any = base.bias
     expected = x.double() @ (changed * (m / lengths)[:, None]).T + bias.double()
-    same(found.double(), expected, 1e-6)
-    towards = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
-    (found * towards).sum().backward()
+    same(adapted.double(), expected, 1e-6)
+    towards = torch.randn(adapted.shape, generator=torch.Generator().manual_seed(2))
+    (adapted * towards).sum().backward()
     (expected * towards).sum().backward()
     for parameter, own in ((first.weight, a), (second.weight, b), (magnitude.weight, m)):
         assert parameter.grad is not None and own.grad is not None

@@ -70,11 +70,11 @@ def predicted(policy: Policy, guidance_scale: float = 1.0) -> Tensor:
 
 def differentiated(policy: Policy) -> dict[str, Tensor]:
     (predicted(policy, 3.0) * noise(policy).flip(0)).mean().backward()
-    found = {name: p.grad.clone() for name, p in policy.trainable.items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in policy.trainable.items() if p.grad is not None}
     for p in policy.trainable.values():
         p.grad = None
-    assert any(gradient.abs().max() > 0 for gradient in found.values())
-    return found
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+    return gradients
 
 
 # --- probed -----------------------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ def differentiated(policy: Policy) -> dict[str, Tensor]:
 @torch.no_grad()
 def test_a_probe_can_see_its_latents_and_is_told_its_texts(loaded):
     policy = loaded()
-    told, seen = text_features(policy.encode(PROMPTS)), latent_features(noise(policy))
-    assert told.ndim == 3 and len(told) == len(seen) == len(TEXTS) and seen.ndim == 4
-    assert told.isfinite().all() and len(told.flatten(1).unique(dim=0)) == len(TEXTS)
+    texts, seen = text_features(policy.encode(PROMPTS)), latent_features(noise(policy))
+    assert texts.ndim == 3 and len(texts) == len(seen) == len(TEXTS) and seen.ndim == 4
+    assert texts.isfinite().all() and len(texts.flatten(1).unique(dim=0)) == len(TEXTS)
 
 
 # --- activation checkpointing -----------------------------------------------------------------------------------------
@@ -95,10 +95,10 @@ def test_a_probe_can_see_its_latents_and_is_told_its_texts(loaded):
 def test_checkpointed_activations_give_the_same_outputs_and_gradients(loaded, weights):
     plain, checkpointed = (loaded(weights=weights, activation_checkpointing=asked) for asked in (False, True))
     assert torch.equal(predicted(checkpointed, 3.0), predicted(plain, 3.0))
-    expected, found = differentiated(plain), differentiated(checkpointed)
-    assert found.keys() == expected.keys()
+    expected, gradients = differentiated(plain), differentiated(checkpointed)
+    assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_activations_are_computed_anew_by_the_kernels_of_the_call(tiny_sd3, move):
@@ -108,8 +108,8 @@ def test_activations_are_computed_anew_by_the_kernels_of_the_call(tiny_sd3, move
     ]
     for policy in policies:
         move(policy, 0.1)
-    expected, found = map(differentiated, policies)
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    expected, gradients = map(differentiated, policies)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
 @dataclass
@@ -162,10 +162,10 @@ def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
     tiny = AutoencoderTiny.from_pretrained(place)
     with torch.no_grad():
         expected = tiny.decode(x0 / 1.3 + 0.2, return_dict=False)[0].permute(0, 2, 3, 1)
-    found = policy.preview(x0).images_NHWC
-    assert found.shape == full.shape and found.dtype == torch.uint8 and not torch.equal(found, full)
-    assert (found.float() - (expected * 0.5 + 0.5).clamp(0, 1) * 255).abs().max() <= 0.51  # rounding
-    assert found.float().std() > 1  # not one grey
+    pictures = policy.preview(x0).images_NHWC
+    assert pictures.shape == full.shape and pictures.dtype == torch.uint8 and not torch.equal(pictures, full)
+    assert (pictures.float() - (expected * 0.5 + 0.5).clamp(0, 1) * 255).abs().max() <= 0.51  # rounding
+    assert pictures.float().std() > 1  # not one grey
 
 
 @pytest.mark.usefixtures("of_pictures")
@@ -179,18 +179,18 @@ def test_a_tiny_decoder_is_not_trained(loaded, tmp_path):
 @pytest.mark.usefixtures("of_pictures")
 def test_a_tiny_decoder_of_other_latents_is_refused(folder, tmp_path):
     place = save_tiny_decoder(tmp_path / "tiny", channels=8)
-    with pytest.raises(ValueError, match=r"preview\.tiny_decoder: .*tiny decodes latents of 8 channels.* 4") as found:
+    with pytest.raises(ValueError, match=r"preview\.tiny_decoder: .*tiny decodes latents of 8 channels.* 4") as refused:
         load_policy(replace(SETTINGS, path=str(folder)), previewed_by(place))
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.usefixtures("of_pictures")
 def test_a_tiny_decoder_that_is_not_there_is_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "absent", tmp_path / "empty"):
-        with pytest.raises(ValueError, match=r"^preview\.tiny_decoder: cannot load ") as found:
+        with pytest.raises(ValueError, match=r"^preview\.tiny_decoder: cannot load ") as refused:
             load_policy(replace(SETTINGS, path=str(folder)), previewed_by(place))
-        assert str(place) in str(found.value) and "\n" not in str(found.value)
+        assert str(place) in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_tiny_decoder_that_is_none_is_refused(tiny_sd, tmp_path):
@@ -255,12 +255,12 @@ def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(compiler, tiny_
     before = compilations()
 
     def pair(weights: str = "current") -> tuple[Tensor, Tensor]:
-        found = []
+        velocities = []
         for one in (eager, policy):
             with one.weights(weights):
-                found.append(predicted(one))
-        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
-        return found[0], found[1]
+                velocities.append(predicted(one))
+        torch.testing.assert_close(velocities[1], velocities[0], rtol=0, atol=1e-5)
+        return velocities[0], velocities[1]
 
     base = pair()[0]
     for one in (eager, policy):
@@ -270,8 +270,8 @@ def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(compiler, tiny_
     gradients = []
     for one, output in zip((eager, policy), outputs, strict=True):
         names, parameters = zip(*one.trainable.items(), strict=True)
-        found = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
-        gradients.append({n: g for n, g in zip(names, found, strict=True) if g is not None and g.abs().max() > 0})
+        grads = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
+        gradients.append({n: g for n, g in zip(names, grads, strict=True) if g is not None and g.abs().max() > 0})
     assert len(gradients[0]) > 10
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -318,16 +318,16 @@ def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
 
 @pytest.mark.parametrize("model", ["tiny_sd3", pytest.param("tiny_sd", marks=pytest.mark.slow)])
 def test_compiled_blocks_compute_their_activations_anew(quickly_compiled, request, model, move):
-    found = []
+    results = []
     for asked in (False, True):
         settings = replace(SETTINGS, activation_checkpointing=True, compile=asked)
         policy = load_policy(replace(settings, path=str(request.getfixturevalue(model))))
         move(policy, 0.1)
         output = predicted(policy)
         parameters = list(policy.trainable.values())
-        told = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
-        found.append((output.detach(), [g for g in told if g is not None]))
-    (output, expected), (compiled, own) = found
+        grads = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
+        results.append((output.detach(), [g for g in grads if g is not None]))
+    (output, expected), (compiled, own) = results
     torch.testing.assert_close(compiled, output, rtol=0, atol=1e-5)
     assert len(own) == len(expected) > 10
     for mine, theirs in zip(own, expected, strict=True):

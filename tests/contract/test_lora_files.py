@@ -32,8 +32,8 @@ def velocity(policy: Policy, prompts: Any) -> Tensor:
 
 
 @pytest.fixture
-def prompts(told: Any) -> Any:
-    return told("red cat", "blue dog")
+def prompts(prompts_of: Any) -> Any:
+    return prompts_of("red cat", "blue dog")
 
 
 @pytest.fixture
@@ -49,18 +49,18 @@ def saved(move: Any, tmp_path: Path, prompts: Any) -> Callable[..., tuple[dict[s
     return of
 
 
-def same(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
+def same(actual: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
 
 
 def in_both_ways(folder: Path, source: Path, prompts: Any) -> Tensor:
     """The output of the model with a LoRA, trained further and sampled from."""
     policy = load_policy(replace(SETTINGS, lora=str(source), path=str(folder)))
-    found = velocity(policy, prompts)
-    same(velocity(load_policy(replace(SETTINGS, path=str(folder)), trained=source), prompts), found)
+    expected = velocity(policy, prompts)
+    same(velocity(load_policy(replace(SETTINGS, path=str(folder)), trained=source), prompts), expected)
     policy.save(source.parent / "again")
-    same(velocity(load_policy(replace(SETTINGS, path=str(folder)), trained=source.parent / "again"), prompts), found)
-    return found
+    same(velocity(load_policy(replace(SETTINGS, path=str(folder)), trained=source.parent / "again"), prompts), expected)
+    return expected
 
 
 def kohya(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, promp
     same(in_both_ways(folder, tmp_path / "lora", prompts), expected)
     same(in_both_ways(folder, tmp_path / "lora" / "adapter_model.safetensors", prompts), expected)
     settings = tmp_path / "lora" / "adapter_config.json"
-    told = json.loads(settings.read_text())
+    config = json.loads(settings.read_text())
     cases = {
         "it is a LOHA": {"peft_type": "LOHA"},
         "it is a DoRA": {"use_dora": True},
@@ -161,7 +161,7 @@ def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, promp
         "its alpha is 0": {"lora_alpha": 0},
     }
     for sentence, change in cases.items():
-        settings.write_text(json.dumps(told | change))
+        settings.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=rf"^cannot use the LoRA .*lora: {sentence}"):
             load_policy(replace(SETTINGS, path=str(folder)), trained=tmp_path / "lora")
     settings.unlink()

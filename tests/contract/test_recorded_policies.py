@@ -189,8 +189,8 @@ PLANS = Plan(4), Plan(4, (PrunePoint(0, 3), PrunePoint(1, 2)))
 
 
 def drawn(policy: Any, tiny_config: Any, redness: Any, plan: Plan) -> Any:
-    wanted = SamplingSettings(num_inference_steps=3, microbatch=1)
-    sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
+    settings = SamplingSettings(num_inference_steps=3, microbatch=1)
+    sampling = sampling_from(tiny_config(sampling=settings), policy, "transitions", 0)
     sampler = Sampler(policy, mixture_of_one(FrameAverageReward(FunctionReward(redness), 2)), sampling, plan)
     return rollout(sampler, PROMPTS, torch.arange(2), NoiseKey(3, 1), Meter())
 

@@ -77,12 +77,12 @@ def brightness(images, prompts):
     return [None if m < 200 else m + len(p) for m, p in zip(means, prompts, strict=True)]
 
 
-def wanted_objects(images, prompts, objects):
+def object_share(images, prompts, objects):
     return np.array([len(o) / len(p) for o, p in zip(objects, prompts, strict=True)], np.float32)
 
 
 def all_columns(images, prompts, **columns):
-    return [len(kind) + len(wanted) for kind, wanted in zip(columns["kind"], columns["objects"], strict=True)]
+    return [len(kind) + len(objects) for kind, objects in zip(columns["kind"], columns["objects"], strict=True)]
 
 
 async def slowly(images, prompts):
@@ -231,7 +231,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "geneval": small_geneval,
     "geneval_flow_grpo": lambda: small_geneval(GenEvalFlowGRPO),
     "function": lambda: FunctionReward(brightness),
-    "function of a column": lambda: FunctionReward(wanted_objects),
+    "function of a column": lambda: FunctionReward(object_share),
     "function of all columns": lambda: FunctionReward(all_columns),
     "async function": lambda: FunctionReward(slowly),
     "callable object": lambda: FunctionReward(Contrast()),

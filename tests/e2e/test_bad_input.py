@@ -217,12 +217,12 @@ def lose(file: Path, tensor: str) -> None:
 def trained(tmp_path_factory):
     """The saved policies of both built-in models, as folders by (model, kind of weights)."""
     folder = tmp_path_factory.mktemp("trained")
-    found = {}
+    folders = {}
     for model in ("shapes-flow", "shapes-diffusion"):
         for weights in ("lora", "full"):
-            found[model, weights] = folder / f"{model}-{weights}"
-            load_policy(ModelSettings(str(model), weights=weights, lora_rank=2)).save(found[model, weights])
-    return found
+            folders[model, weights] = folder / f"{model}-{weights}"
+            load_policy(ModelSettings(str(model), weights=weights, lora_rank=2)).save(folders[model, weights])
+    return folders
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

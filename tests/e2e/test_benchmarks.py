@@ -43,8 +43,8 @@ def test_it_runs_and_prints_one_json_object(name):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *SMALL[name], "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert isinstance(found, dict) and len(numbers(found)) > 3
+    results = json.loads(done.stdout)
+    assert isinstance(results, dict) and len(numbers(results)) > 3
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_a_search_runs_and_may_try_all_of_its_trials(monkeypatch):
     search = importlib.import_module("search")
     for changes in search.TRIALS.values():
         search.config_of(changes, seed=0)
-    found = search.run(search.config_of(search.TRIALS["quickstart adaptive"], seed=0), 0.1, 1.0, pictures=2)
-    assert [point["iterations"] for point in found] == [0, 1] and found[0]["prune"] == [[4, 12]]
+    points = search.run(search.config_of(search.TRIALS["quickstart adaptive"], seed=0), 0.1, 1.0, pictures=2)
+    assert [point["iterations"] for point in points] == [0, 1] and points[0]["prune"] == [[4, 12]]
 
 
 def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
@@ -66,11 +66,11 @@ def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
     full, twice, none = (
         [mean_D + scale * seed for seed in kind] for scale, kind in zip((0.5, 0.5**0.5, 1.0), noise, strict=True)
     )
-    found = plan_value.worth(twice, none, full)  # half the variance
-    assert found["signal"] == pytest.approx(2, abs=4 * found["error"]) and found["error"] < 0.3
-    assert found["snr_sq"] == pytest.approx(2 * dims * 0.05**2 / dims, rel=0.3)
+    results = plan_value.worth(twice, none, full)  # half the variance
+    assert results["signal"] == pytest.approx(2, abs=4 * results["error"]) and results["error"] < 0.3
+    assert results["snr_sq"] == pytest.approx(2 * dims * 0.05**2 / dims, rel=0.3)
     assert plan_value.worth([2 * g for g in none], none, full)["signal"] == pytest.approx(1)  # no step size is in it
-    assert found["bearing"] == pytest.approx(1, abs=4 * found["bearing, error"]) and found["bearing, error"] < 0.1
+    assert results["bearing"] == pytest.approx(1, abs=4 * results["bearing, error"]) and results["bearing, error"] < 0.1
     aside_D = torch.full((400,), 0.05) * (-1) ** torch.arange(400)  # at right angles to the mean, and as long
     assert plan_value.worth([g + aside_D for g in twice], none, full)["bearing"] == pytest.approx(0.5**0.5, abs=0.06)
 

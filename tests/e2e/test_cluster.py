@@ -110,10 +110,10 @@ def test_two_go_on_as_two_would_have_gone_to_the_bit(tmp_path):
     assert all(torch.equal(weight, expected[name]) for name, weight in ours.items())
 
 
-@pytest.mark.parametrize(("victim", "how"), [(0, ()), (1, ()), (1, ("--model.shard",))])
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, victim, how, assert_same):
+@pytest.mark.parametrize(("victim", "options"), [(0, ()), (1, ()), (1, ("--model.shard",))])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, victim, options, assert_same):
     run, log = tmp_path / "run", tmp_path / "log"
-    launched = launch(2, *SMOKE, *how, "--iterations", "500", "--out", str(run), log=log)
+    launched = launch(2, *SMOKE, *options, "--iterations", "500", "--out", str(run), log=log)
     while launched.poll() is None and len(list((run / "checkpoints").glob("iteration_*[0-9]"))) < 2:
         time.sleep(0.05)
     workers = {

@@ -43,11 +43,11 @@ def test_runs_are_compared(runs, tmp_path, capsys, monkeypatch):
     page = Path("compare.html").read_text()
     assert "smoke, lr 0.001" in page and "smoke, lr 0.003" in page and "Process-hours" in page
     assert main(["compare", *folders, "--json", "--out", "none.html"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [[run["seed"] for run in recipe["runs"]] for recipe in found["recipes"]] == [[0, 1], [0]]
-    assert list(found["differences"]) == ["optim.lr"] and not Path("none.html").exists()
-    assert all(run["processes"] == 1 for recipe in found["recipes"] for run in recipe["runs"])
-    assert len(found["recipes"][0]["curves"]["eval/graded"]["mean"]) == 2
+    figures = json.loads(capsys.readouterr().out)
+    assert [[run["seed"] for run in recipe["runs"]] for recipe in figures["recipes"]] == [[0, 1], [0]]
+    assert list(figures["differences"]) == ["optim.lr"] and not Path("none.html").exists()
+    assert all(run["processes"] == 1 for recipe in figures["recipes"] for run in recipe["runs"])
+    assert len(figures["recipes"][0]["curves"]["eval/graded"]["mean"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -93,5 +93,5 @@ def test_the_board_follows_and_ends(runs):
 def test_the_benchmark_of_pages_runs():
     """With a dozen runs; docs/pages.md has its figures with two hundred."""
     command = [sys.executable, str(BENCHMARK), "--runs", "12", "--iterations", "20", "--compared", "4", "--json"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
-    assert found["runs"] == 12 and found["compared"] == 4
+    results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    assert results["runs"] == 12 and results["compared"] == 4

@@ -123,17 +123,17 @@ def straight(request, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
 
 
 def test_two_train_what_one_does(straight, tmp_path, assert_same):
-    how, alone = straight
-    said = launch(2, tmp_path, *SMOKE, *how, "--iterations", "3", "--out", str(tmp_path / "run"), zero_stage=2)
+    options, alone = straight
+    said = launch(2, tmp_path, *SMOKE, *options, "--iterations", "3", "--out", str(tmp_path / "run"), zero_stage=2)
     assert "the optimizer's state is shared out among 2 processes; gradients stay whole" in said
     assert_same(tmp_path / "run", alone)
 
 
 def test_one_and_two_and_three_take_turns(straight, tmp_path, assert_same):
     """One without DeepSpeed, two with the state on the CPU, three: checkpoints are whole, whoever writes them."""
-    how, alone = straight
+    options, alone = straight
     run = str(tmp_path / "run")
-    assert main(["train", *SMOKE, *how, "--iterations", "1", "--out", run]) == 0
+    assert main(["train", *SMOKE, *options, "--iterations", "1", "--out", run]) == 0
     offload = {"zero_stage": 1, "offload_optimizer_device": "cpu"}
     assert "2 processes on the CPU" in launch(2, tmp_path, "--resume", run, "--iterations", "2", **offload)
     launch(3, tmp_path, "--resume", run, "--iterations", "3", zero_stage=1)
@@ -141,8 +141,8 @@ def test_one_and_two_and_three_take_turns(straight, tmp_path, assert_same):
 
 
 def test_what_two_leave_one_goes_on_with(straight, tmp_path, assert_same):
-    how, alone = straight
+    options, alone = straight
     run = str(tmp_path / "run")
-    launch(2, tmp_path, *SMOKE, *how, "--iterations", "2", "--out", run, zero_stage=1)
+    launch(2, tmp_path, *SMOKE, *options, "--iterations", "2", "--out", run, zero_stage=1)
     assert main(["train", "--resume", run, "--iterations", "3"]) == 0
     assert_same(tmp_path / "run", alone)

@@ -71,8 +71,8 @@ def drawn(pipeline: Any) -> np.ndarray:
 def test_a_folder_of_ones_own_is_trained_and_diffusers_loads_the_result(name, own, request, tmp_path):
     model, options = str(request.getfixturevalue(RUNS[name][0])), [*RUNS[name][1], *own]
     assert main(["train", "smoke", "--out", "run", "--model.path", model, *options]) == 0
-    found = RunFolder(tmp_path / "run").summary.read()
-    assert found["status"] == "finished" and found["cost"]["predicted"] == found["cost"]["counted"]
+    summary = RunFolder(tmp_path / "run").summary.read()
+    assert summary["status"] == "finished" and summary["cost"]["predicted"] == summary["cost"]["counted"]
     base = drawn(DiffusionPipeline.from_pretrained(model))
     pipeline = DiffusionPipeline.from_pretrained(model)
     if (tmp_path / "run" / "lora").is_dir():
@@ -145,8 +145,8 @@ def test_a_negative_prompt_is_the_runs_wherever_it_is_looked_at(own, tiny_sd, tm
     assert json.loads((tmp_path / "run" / "config.json").read_text())["sampling"]["negative_prompt"] == "blue dog"
     assert main(["train", "--resume", "run", "--iterations", "2"]) == 0
     for out, said in (("own", []), ("same", ["blue dog"]), ("other", ["green bird"]), ("none", [""])):
-        told = ["--negative-prompt", *said] if said else []
-        assert main(["sample", "run", "--prompt", "red cat", "--out", out, *told]) == 0
+        negative = ["--negative-prompt", *said] if said else []
+        assert main(["sample", "run", "--prompt", "red cat", "--out", out, *negative]) == 0
     pictures = [np.asarray(Image.open(f"{out}/000-00.png"), int) for out in ("own", "same", "other", "none")]
     apart = [np.abs(picture - pictures[0]).max() for picture in pictures[1:]]
     assert apart[0] <= 1 < min(apart[1:])
@@ -169,8 +169,8 @@ def test_a_negative_prompt_is_the_runs_wherever_it_is_looked_at(own, tiny_sd, tm
 def test_the_papers_plans_are_costed_without_weights(capsys):
     def plan(*args: str) -> dict[str, Any]:
         assert main(["plan", *args, "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
+        costs: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return costs
 
     sd14 = plan("sd14-hpsv2")
     assert sd14["path"] == [48, 32, 8] and sd14["prune_steps"] == [30, 40]

@@ -77,9 +77,9 @@ def pictures(policy: Any, prompts: list[Any]) -> tuple[Tensor, Tensor]:
     return final, policy.decode(final).images_NHWC
 
 
-def same_pictures(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
-    assert (found[1].int() - expected[1].int()).abs().max() <= 1
+def same_pictures(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert (actual[1].int() - expected[1].int()).abs().max() <= 1
 
 
 @cache
@@ -123,8 +123,8 @@ def merged_pictures(out: Path, folder: Path, prompts: list[Any]) -> tuple[Tensor
 
 
 @pytest.fixture
-def prompts(told: Any) -> Any:
-    return told("red cat", "blue dog")
+def prompts(prompts_of: Any) -> Any:
+    return prompts_of("red cat", "blue dog")
 
 
 @pytest.fixture
@@ -348,10 +348,10 @@ def test_a1111_finds_every_layer_of_the_true_models(model):
     ours = {module.layers[0]: name.replace(".", "_") for name, module in theirs.items()}
     layout = LAYOUTS["kohya"][architecture.pipeline]
     places = {layer: layout.place(layer, unet.config) for layer in ours}
-    found = {layer: a1111(layout.names(place.module)[0].partition(".")[0]) for layer, place in places.items() if place}
-    assert len(found) > 200
-    assert found == {layer: ours[layer] for layer in found}
-    assert {layer for layer in places if layer not in found} <= {
+    names = {layer: a1111(layout.names(place.module)[0].partition(".")[0]) for layer, place in places.items() if place}
+    assert len(names) > 200
+    assert names == {layer: ours[layer] for layer in names}
+    assert {layer for layer in places if layer not in names} <= {
         *("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"),
         *("add_embedding.linear_1", "add_embedding.linear_2"),
     }

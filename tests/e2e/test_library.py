@@ -162,8 +162,8 @@ def test_a_reward_with_verdicts_and_columns(tiny_pipeline, tiny_config, prompts,
     config = tiny_config(iterations=1, eval=EvalSettings(pictures=3, num_inference_steps=2, every=1))
     splits = {"train": asked, "test": asked, "validation": asked[2:]}
     run = progrpo.train(tiny_pipeline(), splits, Verdicts(), config=config, out=tmp_path / "run")
-    found = run.summary.read()
-    assert found["accuracy_after"] == pytest.approx(2 / 3) and found["accuracy_by_kind_after"] == {"a": 1.0, "b": 0.0}
+    saved = run.summary.read()
+    assert saved["accuracy_after"] == pytest.approx(2 / 3) and saved["accuracy_by_kind_after"] == {"a": 1.0, "b": 0.0}
     (record,) = run.metrics.read()
     assert record["reward/strict"] in (0.5, 1.0) and record["eval/strict"] == 0
 
@@ -376,13 +376,13 @@ def test_a_run_of_the_library_goes_on_by_its_own_configuration_and_with_changes_
 def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(tiny_sd3)
-    Path("told").mkdir()
-    Path("told/prompts.csv").write_text("\n".join(["caption", *prompts]))
+    Path("data").mkdir()
+    Path("data/prompts.csv").write_text("\n".join(["caption", *prompts]))
     config = tiny_config(
         iterations=1,
-        prompts=PromptSettings(source="told/prompts.csv", column="caption", per_iteration=2),
+        prompts=PromptSettings(source="data/prompts.csv", column="caption", per_iteration=2),
         reward=RewardSettings((RewardTerm("jpeg_compressibility"),)),
-        eval=EvalSettings(prompts="told/prompts.csv", column="caption", pictures=2, num_inference_steps=1),
+        eval=EvalSettings(prompts="data/prompts.csv", column="caption", pictures=2, num_inference_steps=1),
     )
     train_run(replace(config, model=replace(config.model, path="model")), Path("run"))
     monkeypatch.chdir(tmp_path.parent)
@@ -442,9 +442,9 @@ def test_rewards_that_are_all_missing_stop_the_run_with_a_sentence(tiny_pipeline
         progrpo.train(
             tiny_pipeline(), prompts, lambda images, prompts: [None] * len(images), config=tiny_config(), out=out
         )
-    found = json.loads((out / "summary.json").read_text())
-    assert found["status"].startswith("stopped: evaluation after 0 iterations: 3 of 3 scores of reward")
-    assert found["reward_before"] is None and found["iterations"] == 0
+    saved = json.loads((out / "summary.json").read_text())
+    assert saved["status"].startswith("stopped: evaluation after 0 iterations: 3 of 3 scores of reward")
+    assert saved["reward_before"] is None and saved["iterations"] == 0
 
 
 def test_an_interrupted_run_says_so_and_keeps_what_it_has(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
@@ -457,8 +457,8 @@ def test_an_interrupted_run_says_so_and_keeps_what_it_has(tiny_pipeline, tiny_co
 
     with pytest.raises(KeyboardInterrupt):
         progrpo.train(tiny_pipeline(), prompts, impatient, config=tiny_config(), out=tmp_path / "run")
-    found = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (found["status"], found["iterations"], found["nfe"]) == ("stopped: KeyboardInterrupt", 1, 2 * 14)
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (saved["status"], saved["iterations"], saved["nfe"]) == ("stopped: KeyboardInterrupt", 1, 2 * 14)
     assert (tmp_path / "run" / "checkpoints" / "iteration_000001").is_dir()
 
 

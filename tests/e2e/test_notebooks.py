@@ -30,8 +30,8 @@ def computed(name: str, folder: Path, parameters: Mapping[str, object], *express
     assert all(f"{key} = " in notebook.cells[place].source for key in parameters)
     given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
-    told = f"import json\nprint(json.dumps([{', '.join(expressions)}]))"
-    notebook.cells.append(nbformat.v4.new_code_cell(told))
+    source = f"import json\nprint(json.dumps([{', '.join(expressions)}]))"
+    notebook.cells.append(nbformat.v4.new_code_cell(source))
     values: list[Any] = json.loads(executed(notebook, folder).cells[-1].outputs[-1].text)
     return values
 

@@ -105,7 +105,7 @@ def becomes(page: Any, selector: str, name: str, low: float, high: float) -> Non
 
 
 def hidden(page: Any, selector: str) -> bool:
-    return not any(found.is_visible() for found in page.locator(selector).all())
+    return not any(element.is_visible() for element in page.locator(selector).all())
 
 
 def too_wide(page: Any) -> list[str]:

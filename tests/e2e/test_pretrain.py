@@ -129,8 +129,8 @@ def test_a_teachers_noise_is_that_of_its_velocity(exported: Path) -> None:
     signal = noise_scheduler().alphas_cumprod[torch.tensor([10, 500, 999])].reshape(3, 1, 1, 1)
     alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
     x = alpha * (z + teacher.offset) + sigma * eps
-    found = teacher.noise(x, alpha, sigma, torch.zeros(3, dtype=torch.int64))
-    torch.testing.assert_close(found, eps, rtol=0, atol=1e-5)
+    noise = teacher.noise(x, alpha, sigma, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(noise, eps, rtol=0, atol=1e-5)
 
 
 def test_an_option_of_the_other_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,9 +171,9 @@ def test_the_tiny_decoder_loads_with_no_further_argument(distilled: Path) -> Non
 
 @pytest.mark.slow
 def test_its_figures_stand_beside_it(distilled: Path) -> None:
-    found = json.loads((distilled / "figures.json").read_text())
-    assert found["milliseconds_a_picture"].keys() == {"full", "tiny", "full, bfloat16", "tiny, bfloat16"}
-    assert all(len(rows) == STEPS for rows in found["against_full"].values())
+    figures = json.loads((distilled / "figures.json").read_text())
+    assert figures["milliseconds_a_picture"].keys() == {"full", "tiny", "full, bfloat16", "tiny, bfloat16"}
+    assert all(len(rows) == STEPS for rows in figures["against_full"].values())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from progrpo.config import EvalSettings, PlanSettings
 from progrpo.recipes import load_recipe
 from tests.support.pipelines import flux2_klein, wan22
 from tests.support.recorded_pipelines import build
-from tests.support.runs import redness, told
+from tests.support.runs import prompts_of, redness
 
 
 def learnt(name: str) -> Any:
@@ -45,7 +45,7 @@ def test_a_recipe_trains_a_tiny_model_of_its_class(recipe: str, tmp_path: Path) 
         plan=PlanSettings("custom", group_size=4, prune=((1, 3),)),
         eval=EvalSettings(pictures=2, num_inference_steps=2, guidance_scale=config.eval.guidance_scale),
     )
-    run = progrpo.train(make(), told("red cat", "blue dog"), redness, config=config, out=tmp_path / "run")
+    run = progrpo.train(make(), prompts_of("red cat", "blue dog"), redness, config=config, out=tmp_path / "run")
     summary = run.summary.read()
     assert summary["status"] == "finished" and not any(summary["rewards"]["missing"].values())
     counted, predicted = summary["cost"]["counted"], summary["cost"]["predicted"]

@@ -65,20 +65,20 @@ def client(name: str, url: str) -> RemoteReward:
 
 def test_nothing_is_lost_and_nothing_twice_though_the_server_is_killed():
     command = [sys.executable, str(BENCHMARK), "--pictures", "400", "--clients", "4", "--kills", "1", "--json"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
-    assert (found["pictures"], found["right"], found["kills"]) == (400, 400, 1)
-    assert found["wrong"] == found["missing"] == found["never_answered"] == found["answered_twice"] == 0
-    lives = found["server_MB_at_0_25_50_75_100_percent_of_its_lives"]
+    results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    assert (results["pictures"], results["right"], results["kills"]) == (400, 400, 1)
+    assert results["wrong"] == results["missing"] == results["never_answered"] == results["answered_twice"] == 0
+    lives = results["server_MB_at_0_25_50_75_100_percent_of_its_lives"]
     assert [len(life) for life in lives] == [5, 5]
 
 
 def test_hostile_requests_are_refused_and_hurt_no_other():
     command = [sys.executable, str(BENCHMARK.with_name("fuzz.py")), "--requests", "100", "--seed", "3", "--json"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
-    assert found["requests"] == sum(found["by_kind"].values()) == 100 and len(found["by_kind"]) == 13
-    assert found["errors_500"] == found["not_answered_as_promised"] == found["tracebacks"] == 0
-    assert (found["honest_pictures_right"], found["honest_pictures_wrong_or_missing"]) == (64, 0)
-    assert found["ended_when_told"] and {"400", "401", "413", "422"} <= set(found["answers"])
+    results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    assert results["requests"] == sum(results["by_kind"].values()) == 100 and len(results["by_kind"]) == 13
+    assert results["errors_500"] == results["not_answered_as_promised"] == results["tracebacks"] == 0
+    assert (results["honest_pictures_right"], results["honest_pictures_wrong_or_missing"]) == (64, 0)
+    assert results["ended_by_sigterm"] and {"400", "401", "413", "422"} <= set(results["answers"])
 
 
 def test_a_server_that_is_started_again_goes_on_under_its_client(tmp_path):
@@ -103,8 +103,8 @@ def test_told_to_end_it_answers_what_is_being_scored(tmp_path):
     with server(tmp_path, "slow") as (process, url):
         reward = client("slow", url)
         reward._meet()
-        found: list[float | None] = []
-        asking = threading.Thread(target=lambda: found.extend(s.value for s in reward.score(PICTURES, PROMPTS)))
+        values: list[float | None] = []
+        asking = threading.Thread(target=lambda: values.extend(s.value for s in reward.score(PICTURES, PROMPTS)))
         asking.start()
         deadline = time.monotonic() + 20
         while not (tmp_path / "busy").exists():
@@ -114,7 +114,7 @@ def test_told_to_end_it_answers_what_is_being_scored(tmp_path):
         out, err = process.communicate(timeout=20)
         asking.join(20)
         assert process.returncode == -signal.SIGTERM and out == err == ""
-    assert found == [float(p.mean()) for p in PICTURES]
+    assert values == [float(p.mean()) for p in PICTURES]
     reward.close()
 
 

@@ -46,14 +46,15 @@ def assert_the_same(a: Path, b: Path) -> None:
 
 
 def test_a_recipe_is_trained(run):
-    found: Any = RunFolder(run).summary.read()
-    assert (found["recipe"], found["seed"], found["iterations"], found["status"]) == ("smoke", 3, 2, "finished")
+    summary: Any = RunFolder(run).summary.read()
+    assert (summary["recipe"], summary["seed"], summary["iterations"], summary["status"]) == ("smoke", 3, 2, "finished")
     for name in ("reward", "accuracy", "judge"):
-        assert all(0 <= found[f"{name}_{when}"] <= 1 for when in ("before", "after"))
+        assert all(0 <= summary[f"{name}_{when}"] <= 1 for when in ("before", "after"))
     assert (
-        found["nfe"] == 2 * 2 * (6 * 4 + 4 * 2) and found["cost"]["predicted"]["nfe"] == found["cost"]["counted"]["nfe"]
+        summary["nfe"] == 2 * 2 * (6 * 4 + 4 * 2)
+        and summary["cost"]["predicted"]["nfe"] == summary["cost"]["counted"]["nfe"]
     )
-    assert found["command"].startswith("progrpo train smoke --seed 3")
+    assert summary["command"].startswith("progrpo train smoke --seed 3")
     assert (run / "report.html").is_file() and (run / "audit" / "0001.png").is_file()
 
 
@@ -152,10 +153,10 @@ def test_a_report_is_written_anew(run, capsys):
 
 def test_a_run_is_measured_again_as_it_measured_itself(run, capsys):
     assert main(["eval", str(run), "--pictures", "4", "--json"]) == 0
-    found, summary = json.loads(capsys.readouterr().out), RunFolder(run).summary.read()
-    assert found["pictures"] == 4 and set(found["strict_by_kind"]) == set(summary["accuracy_by_kind_after"])
-    assert found["graded"] == pytest.approx(summary["reward_after"], abs=0.01)  # the LoRA is merged here: rounding
-    assert (found["num_inference_steps"], found["guidance_scale"], found["seed"]) == (6, 1.0, 1234)
+    results, summary = json.loads(capsys.readouterr().out), RunFolder(run).summary.read()
+    assert results["pictures"] == 4 and set(results["strict_by_kind"]) == set(summary["accuracy_by_kind_after"])
+    assert results["graded"] == pytest.approx(summary["reward_after"], abs=0.01)  # the LoRA is merged here: rounding
+    assert (results["num_inference_steps"], results["guidance_scale"], results["seed"]) == (6, 1.0, 1234)
     assert main(["eval", str(run), "--pictures", "2", "--num-inference-steps", "2", "--seed", "5", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)
     assert (other["num_inference_steps"], other["guidance_scale"], other["seed"]) == (2, 1.0, 5)

@@ -16,14 +16,14 @@ from progrpo.cli import main
 
 
 def test_the_end_of_a_long_prompt_changes_the_picture(tiny_sd3, tmp_path):
-    begins, found = "a red cat beside a green bird and ", []
+    begins, pictures = "a red cat beside a green bird and ", []
     for end in ("a blue dog under a tree of green birds", "nothing at all but a great deal of red"):
         out = str(tmp_path / end[:4])
         assert (
             main(["sample", str(tiny_sd3), "--prompt", begins + end, "--out", out, "--num-inference-steps", "4"]) == 0
         )
-        found.append(np.asarray(Image.open(f"{out}/000-00.png"), int))
-    assert np.abs(found[0] - found[1]).max() > 1
+        pictures.append(np.asarray(Image.open(f"{out}/000-00.png"), int))
+    assert np.abs(pictures[0] - pictures[1]).max() > 1
 
 
 def test_prompts_that_are_cut_are_said_beside_what_is_printed(tmp_path, capsys):

@@ -64,5 +64,5 @@ def test_it_draws_what_its_card_says(name: str, pipelines: dict[str, DiffusionPi
     """96 pictures have a standard error of 5 points: three of them either way."""
     stated = json.loads((WEIGHTS / name / "figures.json").read_text())["test"]["10 steps"]["strict"]
     more = {"max_sequence_length": 16} if name == "shapes-flow" else {}
-    found = measure(pipelines[name], "test", 96, seed=12, **more)
-    assert found["strict"] == pytest.approx(stated, abs=0.15)
+    scores = measure(pipelines[name], "test", 96, seed=12, **more)
+    assert scores["strict"] == pytest.approx(stated, abs=0.15)

@@ -77,8 +77,8 @@ def test_the_shipped_model_spells_as_its_card_says() -> None:
     pytest.importorskip("rapidocr")
     pipeline = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / "words-flow")
     stated = json.loads((WEIGHTS / "words-flow" / "figures.json").read_text())
-    found = measure(pipeline, OCR.load(), "test", 48)
-    assert found["exact"] == pytest.approx(stated["test"]["10 steps"]["exact"], abs=0.2)
+    scores = measure(pipeline, OCR.load(), "test", 48)
+    assert scores["exact"] == pytest.approx(stated["test"]["10 steps"]["exact"], abs=0.2)
     assert stated["drawn"]["exact"] > 0.95 and stated["round_trip"]["exact"] > 0.95
 
 

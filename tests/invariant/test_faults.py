@@ -115,15 +115,15 @@ def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
     config, clip = trainer.config.objective, trainer.learner.objective.settings.adv_clip_max
     estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks, quorum=0.5)
     experience, _ = estimator.experience(rolled, trainer.sampler.sampling, NoiseKey(0, 0))
-    found: list[torch.Tensor] = []
+    grads: list[torch.Tensor] = []
     parameters = list(trainer.policy.trainable.values())
     seen = trainer.learner.updater.optimizer.register_step_pre_hook(
-        lambda *_: found.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters)
+        lambda *_: grads.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters)
     )
     trainer.learner.updater.update(experience)
     seen.remove()
-    assert any(g.any() for g in found)
-    return found
+    assert any(g.any() for g in grads)
+    return grads
 
 
 def without(rolled: Rollout, rows: torch.Tensor) -> Rollout:
@@ -170,7 +170,7 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
         faulty = tiny_trainer(config, tiny_policy(moved=0.1), reward)
         rolled = roll(faulty)
         assert [n in lost for n in names] == rolled.survivors.value_N.isnan().tolist()
-        found = gradients(faulty, rolled)
+        actual = gradients(faulty, rolled)
         failures = reward.failures()
     assert (failures.asked, failures.missing) == ({"mine": len(names)}, {"mine": len(lost)})
     assert (
@@ -178,8 +178,8 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
         if kind == "quiet"
         else "judge is out" in str(failures.last_error)
     )
-    for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got, wanted)
+    for got, reference in zip(actual, expected, strict=True):
+        assert torch.equal(got, reference)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -234,5 +234,5 @@ def test_a_group_below_its_quorum_teaches_nothing(tiny_trainer, tiny_config, red
     rewards[: GROUP // 2 + 1] = math.nan  # of the first group fewer than half are left
     second = torch.arange(GROUP, 2 * GROUP)
     lost = replace(full, survivors=replace(full.survivors, value_N=rewards))
-    found, expected = gradients(trainer, lost), gradients(tiny_trainer(config), without(full, second))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual, expected = gradients(trainer, lost), gradients(tiny_trainer(config), without(full, second))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -170,13 +170,13 @@ def names_from(node: ast.ImportFrom, module: str, is_package: bool) -> Iterator[
 
 
 def imports(source: str, module: str, is_package: bool = False) -> set[str]:
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in runtime_nodes(ast.parse(source, module)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.update(names_from(node, module, is_package))
-    return found - {"__future__"}
+            modules.update(names_from(node, module, is_package))
+    return modules - {"__future__"}
 
 
 @cache

@@ -119,14 +119,14 @@ def test_no_reward_sees_it_and_its_scores_are_missing_and_counted():
     assert seen == [["0", "2", "3"], ["2", "3"]]
     np.testing.assert_array_equal(scores.value_N, [0, np.nan, 4, 6])
     np.testing.assert_array_equal(scores.passed_N, [1, np.nan, 1, 1])
-    found = mixture.failures()
-    assert (found.pictures, found.lost, found.fault, found.last_error) == (4, 1, "why", "why")
-    assert found.missing == {"plain": 1, "gated": 1} and mixture.failures().lost == 0
-    check_failures([found], 0.25, "now")
+    failures = mixture.failures()
+    assert (failures.pictures, failures.lost, failures.fault, failures.last_error) == (4, 1, "why", "why")
+    assert failures.missing == {"plain": 1, "gated": 1} and mixture.failures().lost == 0
+    check_failures([failures], 0.25, "now")
     with pytest.raises(
         MissingScoresError, match=r"^now: 1 of 4 pictures are missing \(reward.max_missing allows 20%\): why$"
     ):
-        check_failures([found], 0.2, "now")
+        check_failures([failures], 0.2, "now")
 
 
 def test_what_is_learnt_is_what_the_pictures_that_are_there_teach(tiny_trainer, tiny_config, monkeypatch):
@@ -245,13 +245,13 @@ def test_an_evaluation_without_some_pictures_is_of_the_others(tiny_policy, monke
     whole = measured()
     asked.clear()
     loses(policy, monkeypatch, {1, 4, 5, 6})
-    found = measured()
+    partial = measured()
     assert asked == ["red cat", "green bird"]
-    fewer = {"diversity": found.records[0]["diversity"]}  # of three pictures where it was of four
+    fewer = {"diversity": partial.records[0]["diversity"]}  # of three pictures where it was of four
     assert fewer["diversity"] > 0
-    assert found.records[0] == whole.records[0] | fewer and found.records[2] == whole.records[2]
+    assert partial.records[0] == whole.records[0] | fewer and partial.records[2] == whole.records[2]
     nothing = {"graded": None, "strict": None, "judge": None, "sharpness": None, "saturation": None, "diversity": None}
-    assert found.records[1] == whole.records[1] | nothing | {"held_out": {"other": None}}
+    assert partial.records[1] == whole.records[1] | nothing | {"held_out": {"other": None}}
 
 
 def test_an_audit_goes_on_without_them(tiny_trainer, tiny_config, monkeypatch):

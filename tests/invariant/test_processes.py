@@ -80,24 +80,24 @@ def one_beside_three(tiny_sd3, tmp_path_factory) -> Path:
     return out
 
 
-def found(out: Path, rank: int) -> dict[str, Any]:
-    return json.loads((out / f"found {rank}.json").read_text())
+def results(out: Path, rank: int) -> dict[str, Any]:
+    return json.loads((out / f"results {rank}.json").read_text())
 
 
 def test_there_were_two_and_one(one, two):
-    assert [found(two, 0)["world"], found(two, 1)["world"], found(one, 0)["world"]] == [2, 2, 1]
+    assert [results(two, 0)["world"], results(two, 1)["world"], results(one, 0)["world"]] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_members_survive(one, two, case):
-    first, second = (found(two, rank)[case]["survivors"] for rank in (0, 1))
+    first, second = (results(two, rank)[case]["survivors"] for rank in (0, 1))
     if case in WHOLE:
         assert {slot for _, slot, _ in first} == {0, 2} and {slot for _, slot, _ in second} == {1}
     elif case in GROUPS:  # each has what is left of its own
         assert {slot % 2 for _, slot, _ in first} <= {0} and {slot % 2 for _, slot, _ in second} <= {1}
     else:  # each has some of every group
         assert len(first) and len(second) and abs(len(first) - len(second)) <= 2 * 3
-    assert sorted(first + second) == sorted(found(one, 0)[case]["survivors"])
+    assert sorted(first + second) == sorted(results(one, 0)[case]["survivors"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,7 +114,7 @@ def test_the_same_weights_are_learnt(one, two, tiny_sd3, case, assert_trained_al
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_metrics_are_recorded(one, two, case):
-    for ours, theirs in zip(found(two, 0)[case]["records"], found(one, 0)[case]["records"], strict=True):
+    for ours, theirs in zip(results(two, 0)[case]["records"], results(one, 0)[case]["records"], strict=True):
         # of gradients that are shared out the noise scale is not measured
         of_one = {n for n in theirs if n.startswith("update/gradient_") or n == "update/noise_scale"}
         assert ours.keys() == theirs.keys() - (of_one if case == "full shard" else set())
@@ -131,7 +131,7 @@ def test_the_same_metrics_are_recorded(one, two, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", OF_THREE)
 def test_three_do_what_one_does(one_beside_three, three, case, assert_trained_alike):
-    parts, whole = [found(three, rank)[case] for rank in range(3)], found(one_beside_three, 0)[case]
+    parts, whole = [results(three, rank)[case] for rank in range(3)], results(one_beside_three, 0)[case]
     assert sorted(member for part in parts for member in part["survivors"]) == sorted(whole["survivors"])
     expected = load_file(one_beside_three / f"{case} 0.safetensors")
     for rank in range(3):
@@ -149,21 +149,21 @@ def test_three_do_what_one_does(one_beside_three, three, case, assert_trained_al
 
 def test_a_weight_that_no_item_reaches_is_not_decayed_in_one_process_nor_in_two(one, two):
     """As those of Qwen-Image's last block that turn the text's stream into what is thrown away."""
-    first, second, third = found(one, 0)["decayed"]
+    first, second, third = results(one, 0)["decayed"]
     assert first == second and first != third == [1.0, 1.0]
-    assert found(two, 0)["decayed"] == found(two, 1)["decayed"] == [first, second, third]
+    assert results(two, 0)["decayed"] == results(two, 1)["decayed"] == [first, second, third]
 
 
 def test_only_the_main_process_writes(one, two):
-    assert [found(two, rank)["wrote"] for rank in (0, 1)] == [True, False]
-    assert found(two, 0)["event files"] == 1
+    assert [results(two, rank)["wrote"] for rank in (0, 1)] == [True, False]
+    assert results(two, 0)["event files"] == 1
     runs = (two / "run of 0", one / "run of 0")
     ours, theirs = ({p.relative_to(run) for p in run.rglob("*") if ".tfevents." not in p.name} for run in runs)
     assert ours == theirs
 
 
 def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
-    assert [found(two, rank)["taken"] for rank in (0, 1)] == [
+    assert [results(two, rank)["taken"] for rank in (0, 1)] == [
         f"{two / 'run of 0'} already holds a run (config.json);"
         f" resume it with progrpo.train(..., out={str(two / 'run of 0')!r}, mode='resume'),"
         " replace it with --overwrite (in Python mode='overwrite'), or give another folder as --out (out)"
@@ -171,8 +171,8 @@ def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
 
 
 def test_what_must_be_equal_and_is_not_is_refused_in_all_by_its_name(two):
-    said = found(two, 0)["unequal"]
-    assert found(two, 1)["unequal"] == said and said.pop("wrote") is False
+    said = results(two, 0)["unequal"]
+    assert results(two, 1)["unequal"] == said and said.pop("wrote") is False
     assert said["training"].startswith("the list of training prompts must be the same in all processes, and is ")
     assert "(it begins with 'red cat') in process 0" in said["training"]
     assert "(it begins with 'green bird') in process 1; give all the same prompts" in said["training"]
@@ -188,4 +188,4 @@ def test_what_must_be_equal_and_is_not_is_refused_in_all_by_its_name(two):
 def test_a_process_without_a_prompt_is_refused(two):
     expected = "prompts.per_iteration is 1, fewer than the 2 processes; give each at least one,"
     expected += " or have them share the groups (prompts.split_groups)"
-    assert [found(two, rank)["too few"] for rank in (0, 1)] == [expected, expected]
+    assert [results(two, rank)["too few"] for rank in (0, 1)] == [expected, expected]

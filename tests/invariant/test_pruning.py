@@ -34,7 +34,7 @@ def policy(family_at_length, tiny_policy):
 
 
 @pytest.fixture(scope="module")
-def draw(policy, tiny_config, prompts, told, redness):
+def draw(policy, tiny_config, prompts, prompts_of, redness):
     """A rollout of some of the prompts in slots of choice. The same is asked for in many tests, and drawn once."""
 
     @cache
@@ -42,9 +42,9 @@ def draw(policy, tiny_config, prompts, told, redness):
         plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1), **more
     ) -> Rollout:
         guided = {"guidance_scale": guidance_scale, "embedded_guidance": policy.embeds_guidance}
-        wanted = SamplingSettings(num_inference_steps=3, microbatch=microbatch, **guided, **more)
-        sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
-        chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
+        settings = SamplingSettings(num_inference_steps=3, microbatch=microbatch, **guided, **more)
+        sampling = sampling_from(tiny_config(sampling=settings), policy, "transitions", 0)
+        chosen, slot_P = prompts_of(*(prompts[i] for i in which)), torch.tensor(slots)
         sampler = Sampler(policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 2)), sampling, plan)
         return rollout(sampler, chosen, slot_P, NoiseKey(3, 1), Meter())
 
@@ -62,14 +62,14 @@ def rows_of(rolled: Rollout, others: Rollout) -> torch.Tensor:
 def seen(rolled: Rollout, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Everything that a trajectory is, of the rows named."""
     living = rolled.trajectories.take(rows)
-    found = {
+    parts = {
         "x": living.x_NCHW,
         "pictures": rolled.pictures.images_NHWC[rows],
         "rewards": rolled.survivors.value_N[rows],
     }
     for t in living.path:
-        found |= {f"x {t.step}": t.x_NCHW, f"x_next {t.step}": t.x_next_NCHW, f"log_prob {t.step}": t.log_prob_N}
-    return found
+        parts |= {f"x {t.step}": t.x_NCHW, f"x_next {t.step}": t.x_next_NCHW, f"log_prob {t.step}": t.log_prob_N}
+    return parts
 
 
 def pairs(rolled: Rollout, others: Rollout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

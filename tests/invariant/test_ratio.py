@@ -71,9 +71,9 @@ def seen(policy: Any, rollouts: Rollouts, microbatches: tuple[int, ...]) -> tupl
         assert len(experience) == 6 and experience.trajectories.path[0].log_prob_N.dtype == torch.float32
         measure_shapes(policy, experience, microbatches)
         for microbatch in microbatches:
-            found = losses(policy, experience, microbatch)
-            worst = max(worst, *(loss.maxima["ratio_max_deviation"].item() for loss in found))
-            clipped += sum(loss.sums["clip_fraction"].item() for loss in found)
+            loss_parts = losses(policy, experience, microbatch)
+            worst = max(worst, *(loss.maxima["ratio_max_deviation"].item() for loss in loss_parts))
+            clipped += sum(loss.sums["clip_fraction"].item() for loss in loss_parts)
     return worst, clipped
 
 
@@ -179,10 +179,10 @@ def first(tiny_trainer, tiny_config, first_experience):
     """The objective and experience of a first guided iteration: 2 groups of 4, of which 3 live; 2 of 3 steps train."""
 
     def of(policy: Any, ratio: Any = "plain", plan: PlanSettings | None = None, **sampling: Any):
-        wanted = {"num_inference_steps": 3, "guidance_scale": 3.0, "microbatch": 3, **sampling}
-        wanted["embedded_guidance"] = policy.embeds_guidance
+        settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "microbatch": 3, **sampling}
+        settings["embedded_guidance"] = policy.embeds_guidance
         sections = {
-            "sampling": SamplingSettings(**wanted),
+            "sampling": SamplingSettings(**settings),
             "objective": ObjectiveSettings(grpo=GRPOSettings(ratio=ratio)),
         }
         trainer = tiny_trainer(tiny_config(**sections, **({"plan": plan} if plan else {})), policy)
@@ -199,10 +199,10 @@ def assert_on_policy(policy, objective, experience, microbatches=(1, 64)):
     assert len(experience) == 6 and len(experience.trajectories.path) > 0
     measure_shapes(policy, experience, microbatches)
     for microbatch in microbatches:
-        found = losses(policy, experience, microbatch, objective)
-        worst = max(loss.maxima["ratio_max_deviation"].item() for loss in found)
+        loss_parts = losses(policy, experience, microbatch, objective)
+        worst = max(loss.maxima["ratio_max_deviation"].item() for loss in loss_parts)
         assert worst <= allowed(policy, min(objective.clip_range, CLIP_RANGE)), (microbatch, worst)
-        assert not policy.batch_invariant or sum(loss.sums["clip_fraction"].item() for loss in found) == 0
+        assert not policy.batch_invariant or sum(loss.sums["clip_fraction"].item() for loss in loss_parts) == 0
 
 
 @pytest.mark.parametrize(("family", "sampler", "latent_dtype"), stored_cases())

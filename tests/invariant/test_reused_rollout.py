@@ -51,16 +51,16 @@ def build(tiny_trainer, tiny_config, tiny_policy, redness):
 
 def gradients(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """Of each optimizer step from now on."""
-    found: list[dict[str, Tensor]] = []
+    grads: list[dict[str, Tensor]] = []
     step = trainer.learner.updater.optimizer.step
 
     def noting() -> None:
         named = trainer.policy.trainable.items()
-        found.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
+        grads.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
         step()
 
     monkeypatch.setattr(trainer.learner.updater.optimizer, "step", noting)
-    return found
+    return grads
 
 
 def flat(named: dict[str, Tensor]) -> Tensor:
@@ -73,9 +73,9 @@ def test_gradients_and_weights_are_those_of_computing_anew(build, monkeypatch, c
     records, steps, weights = [], [], []
     for reuse in (False, True):
         trainer = build(reuse, **changes)
-        found = gradients(trainer, monkeypatch)
+        grads = gradients(trainer, monkeypatch)
         records.append(trainer.step().record)
-        steps.append(found)
+        steps.append(grads)
         weights.append(flat({name: p.detach() for name, p in trainer.policy.trainable.items()}))
     assert len(steps[0]) == len(steps[1]) == updates
     for anew, reused in zip(*steps, strict=True):
@@ -96,9 +96,9 @@ def counted(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, boo
     """Rows of each network call from now on, and whether it kept a graph."""
     calls, predict = [], policy.predict
 
-    def watched(x: Tensor, *told: Any) -> Tensor:
+    def watched(x: Tensor, *args: Any) -> Tensor:
         calls.append((len(x), torch.is_grad_enabled()))
-        return predict(x, *told)
+        return predict(x, *args)
 
     monkeypatch.setattr(policy, "predict", watched)
     return calls
@@ -112,9 +112,9 @@ def test_trained_items_need_no_forward_pass_of_their_own(build, monkeypatch, mic
         trainer = build(reuse, grpo={"kl_beta": kl_beta}, optim={"microbatch": microbatch})
         calls, before = counted(trainer.policy, monkeypatch), trainer.learner.learn
 
-        def watched(*told: Any, before: Any = before, calls: Any = calls, reuse: bool = reuse) -> Any:
+        def watched(*args: Any, before: Any = before, calls: Any = calls, reuse: bool = reuse) -> Any:
             calls.clear()
-            done = before(*told)
+            done = before(*args)
             rows[reuse] = list(calls)
             return done
 
@@ -135,11 +135,11 @@ def test_a_second_update_is_computed_anew(build, monkeypatch):
     calls, done = counted(trainer.policy, monkeypatch), []
     before = trainer.learner.learn
 
-    def watched(*told: Any) -> Any:
+    def watched(*args: Any) -> Any:
         calls.clear()
-        found = before(*told)
+        result = before(*args)
         done.extend(calls)
-        return found
+        return result
 
     monkeypatch.setattr(trainer.learner, "learn", watched)
     record = trainer.step().record
@@ -190,8 +190,8 @@ def test_a_change_of_what_any_step_stored_is_found(build, monkeypatch, field, pl
     trainer = build(True)
     before = trainer.collector.rollout
 
-    def tampered(*told: Any) -> Any:
-        rolled = before(*told)
+    def tampered(*args: Any) -> Any:
+        rolled = before(*args)
         path = list(rolled.trajectories.path)
         path[place] = replace(path[place], **{field: getattr(path[place], field) + 0.1})
         return replace(rolled, trajectories=replace(rolled.trajectories, path=tuple(path)))
@@ -268,9 +268,9 @@ def test_a_group_that_teaches_nothing_is_left_out_of_the_graphs_too(build, redne
     steps = []
     for reuse in (False, True):
         trainer = build(reuse, reward=flat_for_one)
-        found = gradients(trainer, monkeypatch)
+        grads = gradients(trainer, monkeypatch)
         assert trainer.step().record["rollout/trained_steps"] == 3 * TRAINED
-        steps.append(flat(found[0]))
+        steps.append(flat(grads[0]))
     assert (steps[1] - steps[0]).norm() <= 2e-5 * steps[0].norm()
 
 
@@ -281,9 +281,9 @@ def test_missing_rewards_and_final_selection_are_no_trouble(build, redness, monk
     steps = []
     for reuse in (False, True):
         trainer = build(reuse, reward=missing, plan=PlanSettings("custom", group_size=4, final_keep=3))
-        found = gradients(trainer, monkeypatch)
+        grads = gradients(trainer, monkeypatch)
         trainer.step()
-        steps.append(flat(found[0]))
+        steps.append(flat(grads[0]))
     assert (steps[1] - steps[0]).norm() <= 2e-5 * steps[0].norm()
 
 

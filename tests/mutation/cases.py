@@ -196,15 +196,15 @@ def tally(cases: Iterator[Case], work: Path, wrong: list[str]) -> dict[str, Coun
     counts: dict[str, Counter[str]] = {}
     before = {path for path in work.rglob("*") if path.parts[len(work.parts)] != "trained"}
     for case in cases:
-        found, sentence = outcome(case)
+        status, sentence = outcome(case)
         left = {path for path in work.rglob("*") if path.parts[len(work.parts)] != "trained"} - before
-        for path in left if found != "accepted" else ():
+        for path in left if status != "accepted" else ():
             wrong.append(f"{case.kind}: left {path}: {case.tried}")
         for path in sorted(left, reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-        if found not in ("accepted", "refused"):
-            wrong.append(f"{case.kind}: {found}: {case.tried[:300]} -> {sentence[:300]}")
+        if status not in ("accepted", "refused"):
+            wrong.append(f"{case.kind}: {status}: {case.tried[:300]} -> {sentence[:300]}")
         counts.setdefault(case.kind, Counter()).update(
-            ["cases", found, *["files_left"] * bool(left and found != "accepted")]
+            ["cases", status, *["files_left"] * bool(left and status != "accepted")]
         )
     return counts

@@ -16,7 +16,7 @@ def work(monkeypatch):
         yield folder
 
 
-def told(work, *runs):
+def tallied(work, *runs):
     """The counts and the faults of cases that do what `runs` do."""
     wrong: list[str] = []
     counts = tally(iter([Case("kind", "tried", run) for run in runs]), work, wrong)
@@ -31,20 +31,20 @@ def raising(error):
 
 
 def test_the_tally_sees_what_is_wrong(work):
-    good = told(work, lambda: None, raising(ValueError("seed must be at least 0")), raising(Reached()))
+    good = tallied(work, lambda: None, raising(ValueError("seed must be at least 0")), raising(Reached()))
     assert good == ({"cases": 3, "accepted": 2, "refused": 1}, [])
     for error in (TypeError("seed"), KeyError("seed"), OSError("seed"), RuntimeError("seed"), SystemExit(2)):
-        counts, wrong = told(work, raising(error))
+        counts, wrong = tallied(work, raising(error))
         assert counts["traceback"] == 1 and len(wrong) == 1
     for sentence in ("seed is\nwrong", "something went amiss", "seed " * 1000):
-        counts, wrong = told(work, raising(ValueError(sentence)))
+        counts, wrong = tallied(work, raising(ValueError(sentence)))
         assert counts["unclear"] == 1 and len(wrong) == 1
 
     def leave():
         (work / "half").write_text("")
         raise ValueError("seed must be at least 0")
 
-    counts, wrong = told(work, leave)
+    counts, wrong = tallied(work, leave)
     assert counts["refused"] == counts["files_left"] == len(wrong) == 1 and not (work / "half").exists()
 
 
@@ -64,10 +64,10 @@ SHARES = {
 def test_every_mutation_passes_or_is_refused_in_a_sentence_and_leaves_nothing(work, kind):
     wrong: list[str] = []
     with cut_off():
-        found = tally(random_cases(1, SHARES[kind], work, {kind: 1.0}), work, wrong)[kind]
+        counts = tally(random_cases(1, SHARES[kind], work, {kind: 1.0}), work, wrong)[kind]
     assert not wrong, "\n".join(wrong[:10])
-    assert found["cases"] == SHARES[kind] == found["refused"] + found["accepted"]
-    assert found["refused"] and found["accepted"]
+    assert counts["cases"] == SHARES[kind] == counts["refused"] + counts["accepted"]
+    assert counts["refused"] and counts["accepted"]
 
 
 def test_the_same_seed_tries_the_same(work):

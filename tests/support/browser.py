@@ -16,8 +16,8 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A headless Chromium, by Playwright. Without one the test skips, or fails where PROGRPO_REQUIRE_BROWSER is set."""
-    found = next(filter(None, map(shutil.which, _NAMES)), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, _NAMES)), None)
+    if executable is None:
         reason = f"no browser in PATH ({', '.join(_NAMES)}); apt-get install chromium"
         if os.environ.get("PROGRPO_REQUIRE_BROWSER"):
             pytest.fail(reason)
@@ -25,6 +25,6 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, timeout=120_000)
+        browser = playwright.chromium.launch(executable_path=executable, timeout=120_000)
         yield browser
         browser.close()

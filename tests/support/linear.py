@@ -107,8 +107,8 @@ def linear_experience(
         x_next = mean + std * draw(*x.shape)
         path.append(Transition(step, x, x_next, process.log_prob(x_next, mean, std) + off * draw(5), mean))
     living = Trajectories(group, slot, torch.tensor([0, 2, 3, 0, 1]), draw(5, 1, 2, 2), None, tuple(path))
-    wanted = torch.tensor(advantages, dtype=torch.float64)
-    return Experience(living, wanted, condition, process, NoiseKey(3, 1), guidance_scale)
+    advantages_N = torch.tensor(advantages, dtype=torch.float64)
+    return Experience(living, advantages_N, condition, process, NoiseKey(3, 1), guidance_scale)
 
 
 def linear_transitions(policy: Any, *args: Any, **named: Any) -> Any:

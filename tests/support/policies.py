@@ -128,11 +128,11 @@ def sample_by_diffusers(pipeline: Any, policy: Policy, guidance_scale: float, ou
         prompt["num_frames"] = FRAMES
     steps: list[Tensor] = []
 
-    def note(pipeline: Any, step: int, timestep: Any, told: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps.append(told["latents"])
+    def note(pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append(callback_kwargs["latents"])
         return {}
 
-    found = pipeline(
+    output = pipeline(
         **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
         **prompt,
         height=height,
@@ -145,7 +145,7 @@ def sample_by_diffusers(pipeline: Any, policy: Policy, guidance_scale: float, ou
         callback_on_step_end=note,
     )[0]
     if not packed or output_type != "latent":
-        return found
+        return output
     rows, columns = (count // 2 for count in policy.latent_shape[1:])
     return torch.nn.functional.pixel_shuffle(steps[-1].transpose(1, 2).unflatten(2, (rows, columns)), 2)
 

@@ -109,7 +109,7 @@ def trained(model, config, reward):
 
 def work(model, out, names):
     ranks = Ranks()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     middle = InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
     # one picture a call: decoders round by shape, and a pixel that comes out another moves a reward
     single = replace(CONFIG, sampling=replace(CONFIG.sampling, microbatch=1))
@@ -156,13 +156,13 @@ def work(model, out, names):
     for name in names:
         config, reward = cases[name]
         survivors, records, weights = trained(model, config, reward)
-        found[name] = {"survivors": survivors, "records": records}
+        results[name] = {"survivors": survivors, "records": records}
         save_file(weights, out / f"{name} {ranks.rank}.safetensors")
-    found["world"] = ranks.world
-    found["decayed"] = decayed(ranks)
+    results["world"] = ranks.world
+    results["decayed"] = decayed(ranks)
     if "updates 1" in names:
-        by_the_library(model, out, found, ranks)
-    (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
+        by_the_library(model, out, results, ranks)
+    (out / f"results {ranks.rank}.json").write_text(json.dumps(results))
     ranks.wait_for_all()  # as a run does, or gloo may abort one at its end
 
 
@@ -176,22 +176,22 @@ def decayed(ranks):
     return [weight.tolist() for weight in weights]
 
 
-def by_the_library(model, out, found, ranks):
+def by_the_library(model, out, results, ranks):
     mine = out / f"run of {ranks.rank}"
     tracked = replace(CONFIG, tracking=TrackingSettings(("tensorboard",)))
     progrpo.train(load_pipeline(model), PROMPTS, redness, config=tracked, out=mine)
-    found["wrote"] = mine.exists()
-    found["event files"] = len(list(out.glob("*/tensorboard/events*")))
+    results["wrote"] = mine.exists()
+    results["event files"] = len(list(out.glob("*/tensorboard/events*")))
     try:
         progrpo.train(load_pipeline(model), PROMPTS, redness, config=CONFIG, out=mine)
     except ValueError as error:
-        found["taken"] = str(error)
+        results["taken"] = str(error)
     if ranks.world == 2:
-        found["unequal"] = unequal(model, out / "unequal", ranks)
+        results["unequal"] = unequal(model, out / "unequal", ranks)
     try:
         trained(model, replace(CONFIG, prompts=PromptSettings(per_iteration=1)), redness)
     except ValueError as error:
-        found["too few"] = str(error)
+        results["too few"] = str(error)
 
 
 def unequal(model, out, ranks):

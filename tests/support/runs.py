@@ -22,7 +22,7 @@ def redness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 
 
-def told(*texts: str) -> list[Any]:
+def prompts_of(*texts: str) -> list[Any]:
     """Prompts with a source picture each, which differs by the text and which only models that edit look at."""
     from PIL import Image
 
@@ -122,7 +122,7 @@ def build_trainer(config: Any, policy: Any, reward: Any = redness) -> Any:
     from progrpo.training.trainer import Trainer
     from tests.support.rewards import mixture_of_one
 
-    order = InTurn({"": tuple(told(*PROMPTS))}, config.seed)
+    order = InTurn({"": tuple(prompts_of(*PROMPTS))}, config.seed)
     if not isinstance(reward, RewardMixture):
         reward = mixture_of_one(FrameAverageReward(FunctionReward(reward), 1))
     return Trainer(config, policy, reward, order, Ranks())

@@ -51,13 +51,13 @@ class Counted:
 def test_a_semaphore_made_once_holds_over_calls_rewards_and_their_threads():
     counted = Counted()
     patient = [RetryingReward(FunctionReward(counted), retries=0) for _ in range(2)]
-    found: list[list[float | None]] = []
-    threads = [threading.Thread(target=lambda r=r: found.extend(numbers(r, 3))) for r in patient]
+    values: list[list[float | None]] = []
+    threads = [threading.Thread(target=lambda r=r: values.extend(numbers(r, 3))) for r in patient]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert found == [[0, 1, 2, 3, 4, 5]] * 6 and counted.calls == 6
+    assert values == [[0, 1, 2, 3, 4, 5]] * 6 and counted.calls == 6
 
 
 def test_a_client_of_open_connections_serves_every_call_and_reward_of_a_mixture():
@@ -229,15 +229,15 @@ def test_an_async_reward_may_ask_another_one():
 
 
 def test_calls_of_one_loop_go_on_side_by_side():
-    meeting, found = asyncio.Barrier(8), []
+    meeting, values = asyncio.Barrier(8), []
 
     async def meets(images: Any, prompts: Any) -> list[float]:
         await meeting.wait()
         return [number_of(image) for image in images]
 
-    threads = [threading.Thread(target=lambda: found.extend(numbers(FunctionReward(meets)))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: values.extend(numbers(FunctionReward(meets)))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert found == [[0, 1, 2, 3, 4, 5]] * 8
+    assert values == [[0, 1, 2, 3, 4, 5]] * 8

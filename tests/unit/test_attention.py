@@ -53,11 +53,11 @@ def test_it_is_diffusers_joint_attention_with_its_gradients(norm, text, last):
     for processor in (JointAttnProcessor2_0(), JointAttention()):
         x = torch.linspace(-1, 1, 2 * PLACES * WIDTH).double().sin().view(2, PLACES, WIDTH).requires_grad_()
         out = processor(attn, x, text_states)
-        found = out if isinstance(out, tuple) else (out,)
-        sum(part.square().sum() for part in found).backward()
+        outputs = out if isinstance(out, tuple) else (out,)
+        sum(part.square().sum() for part in outputs).backward()
         weights = [p.grad for p in attn.parameters() if p.grad is not None]
         attn.zero_grad()
-        results.append((*found, x.grad, *weights))
+        results.append((*outputs, x.grad, *weights))
     fused, products = results
     assert len(fused) == len(products)
     for expected, got in zip(fused, products, strict=True):
@@ -93,7 +93,7 @@ def test_a_cpu_in_low_precision_takes_gelu_itself_with_an_error_as_small(tiny_sd
 def test_raising_a_loras_input_to_float32_would_change_no_bit(tiny_sd3):
     policy = loaded(tiny_sd3, "bfloat16")
     layers = [module for module in policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-    told = {
+    embeds = {
         name: torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
         for name, shape in policy.family.condition_shapes().items()
     }
@@ -108,7 +108,7 @@ def test_raising_a_loras_input_to_float32_would_change_no_bit(tiny_sd3):
         for module in layers:
             assert results or not module.cast_input_dtype_enabled
             module.cast_input_dtype_enabled = raised
-        out = policy.predict(x, torch.tensor(500.0), Condition(told))
+        out = policy.predict(x, torch.tensor(500.0), Condition(embeds))
         out.square().mean().backward()
         gradients = [p.grad.clone() for p in policy.trainable.values() if p.grad is not None]
         assert len(gradients) == len(policy.trainable)

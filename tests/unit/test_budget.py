@@ -25,11 +25,11 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_seconds_of_an_iteration_are_those_of_the_plan_command():
     config = replace(sd35m_ocr(), plan=PlanSettings("flash"))
-    found = predict(config, 24, GPUS["h100"], 0.35)
+    budget = predict(config, 24, GPUS["h100"], 0.35)
     seconds = estimate(config, "h100", 0.35, 1)["seconds_per_iteration"]
-    assert found.seconds == pytest.approx(seconds)
-    assert found.iterations == int(24 * 3600 / seconds)
-    assert found.training_hours == pytest.approx(24, abs=seconds / 3600) and found.training_hours <= 24
+    assert budget.seconds == pytest.approx(seconds)
+    assert budget.iterations == int(24 * 3600 / seconds)
+    assert budget.training_hours == pytest.approx(24, abs=seconds / 3600) and budget.training_hours <= 24
 
 
 def test_evaluations_and_audits_are_counted_beside_training():

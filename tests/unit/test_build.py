@@ -63,14 +63,17 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
         reward=RewardSettings((term,)),
         eval=EvalSettings(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
     )
-    found = with_absolute_paths(config)
-    assert (found.model.path, found.model.lora) == (f"{tmp_path}/model", f"{tmp_path}/home/lora")
-    assert found.model.single_file == f"{tmp_path}/tuned.safetensors"
-    assert (found.prompts.source, found.eval.prompts) == (f"{tmp_path}/prompts.txt", f"dataset:{tmp_path}/owner/local")
-    assert found.preview.tiny_decoder == f"{tmp_path}/taesd"
-    assert found.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)
-    assert found.eval.rewards == config.eval.rewards  # a vision model's name is its server's
-    assert with_absolute_paths(found) == found
+    absolute = with_absolute_paths(config)
+    assert (absolute.model.path, absolute.model.lora) == (f"{tmp_path}/model", f"{tmp_path}/home/lora")
+    assert absolute.model.single_file == f"{tmp_path}/tuned.safetensors"
+    assert (absolute.prompts.source, absolute.eval.prompts) == (
+        f"{tmp_path}/prompts.txt",
+        f"dataset:{tmp_path}/owner/local",
+    )
+    assert absolute.preview.tiny_decoder == f"{tmp_path}/taesd"
+    assert absolute.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)
+    assert absolute.eval.rewards == config.eval.rewards  # a vision model's name is its server's
+    assert with_absolute_paths(absolute) == absolute
     parted = with_absolute_paths(Config(eval=EvalSettings(prompts="dataset:owner/local:part")))
     assert parted.eval.prompts == f"dataset:{tmp_path}/owner/local:part"
     names = Config(model=ModelSettings("owner/hub"), eval=EvalSettings(prompts="dataset:owner/hub:part"))

@@ -204,11 +204,11 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(run):
 
 
 def test_a_changed_configuration_is_refused_with_the_fields(run):
-    found = load_state(run / "checkpoints" / "iteration_000003")
-    check_unchanged(run, found["config"], CONFIG, accept=False)
+    stored = load_state(run / "checkpoints" / "iteration_000003")
+    check_unchanged(run, stored["config"], CONFIG, accept=False)
     changed = replace(CONFIG, seed=1, optim=OptimSettings(betas=(0.9, 0.99)), model=ModelSettings("x"))
     with pytest.raises(ValueError) as refused:
-        check_unchanged(run, found["config"], changed, accept=False)
+        check_unchanged(run, stored["config"], changed, accept=False)
     assert str(refused.value) == (
         f"{run}/config.json was changed since the checkpoint: seed was 0 and is 1,"
         " model.path was 'shapes-flow' and is 'x',"
@@ -222,23 +222,23 @@ def test_what_a_run_may_change_on_its_way_is_no_change(run):
 
 
 def test_what_a_checkpoint_is_of_no_use_without_cannot_be_changed(run):
-    found = load_state(run / "checkpoints" / "iteration_000003")
+    stored = load_state(run / "checkpoints" / "iteration_000003")
     calmer = replace(CONFIG, optim=OptimSettings(weight_decay=0.5))
-    check_unchanged(run, found["config"], calmer, accept=True)
+    check_unchanged(run, stored["config"], calmer, accept=True)
     with pytest.raises(
         ValueError, match=r"the checkpoint: objective\.name was 'grpo' and is 'nft'; put that back, since"
     ):
-        check_unchanged(run, found["config"], replace(calmer, objective=ObjectiveSettings(name="nft")), accept=True)
+        check_unchanged(run, stored["config"], replace(calmer, objective=ObjectiveSettings(name="nft")), accept=True)
     with pytest.raises(ValueError, match=r"the checkpoint: model\.lora_alpha was 32 and is 64; put that back, since"):
-        check_unchanged(run, found["config"], replace(calmer, model=replace(calmer.model, lora_alpha=64)), accept=True)
+        check_unchanged(run, stored["config"], replace(calmer, model=replace(calmer.model, lora_alpha=64)), accept=True)
 
 
 @pytest.mark.parametrize(("decay", "iterations", "warned"), [(1.0, 8, 1), (1.0, 4, 0), (1.0, 3, 0), (0.0, 8, 0)])
 def test_another_length_is_said_where_the_learning_rate_depends_on_it(run, decay, iterations, warned):
     config, warnings = replace(CONFIG, iterations=4, optim=OptimSettings(lr=1e-3, decay=decay)), list[str]()
     save(run, state(3), config)
-    found = load_state(run / "checkpoints" / "iteration_000003")
-    check_length(found, replace(config, iterations=iterations), warnings.append)
+    stored = load_state(run / "checkpoints" / "iteration_000003")
+    check_length(stored, replace(config, iterations=iterations), warnings.append)
     assert len(warnings) == warned
     if warned:  # of 2 of 4 iterations left, and of 5 of 8
         assert "was after 4 and is after 8 iterations: it goes on with 0.000625 after 0.0005" in warnings[0]
@@ -246,9 +246,9 @@ def test_another_length_is_said_where_the_learning_rate_depends_on_it(run, decay
 
 def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
     """It was saved before there was such a field, whose default is what it did."""
-    found = load_state(run / "checkpoints" / "iteration_000003")
-    del found["config"]["optim"]["ema_decay"]
-    check_unchanged(run, found["config"], replace(CONFIG, optim=OptimSettings(ema_decay=0.5)), accept=False)
+    stored = load_state(run / "checkpoints" / "iteration_000003")
+    del stored["config"]["optim"]["ema_decay"]
+    check_unchanged(run, stored["config"], replace(CONFIG, optim=OptimSettings(ema_decay=0.5)), accept=False)
 
 
 def test_lists_of_prompts_are_told_apart_by_texts_columns_and_order():
@@ -284,19 +284,19 @@ def test_another_model_is_refused_by_its_parts_unless_that_is_accepted(run):
 
 
 def test_a_reward_of_before_there_was_a_field_is_no_change(run):
-    found = load_state(run / "checkpoints" / "iteration_000003")
-    assert found["config"]["reward"]["terms"][0].pop("from_python") is False
-    check_unchanged(run, found["config"], CONFIG, accept=False)
+    stored = load_state(run / "checkpoints" / "iteration_000003")
+    assert stored["config"]["reward"]["terms"][0].pop("from_python") is False
+    check_unchanged(run, stored["config"], CONFIG, accept=False)
 
 
 def test_other_versions_are_said(run):
-    found = load_state(run / "checkpoints" / "iteration_000003")
+    stored = load_state(run / "checkpoints" / "iteration_000003")
     warnings: list[str] = []
-    check_versions(found["versions"], CONFIG, warnings.append)
+    check_versions(stored["versions"], CONFIG, warnings.append)
     assert warnings == []
-    found["versions"] |= {"torch": "1.0"}
-    del found["versions"]["peft"]
-    check_versions(found["versions"], CONFIG, warnings.append)
+    stored["versions"] |= {"torch": "1.0"}
+    del stored["versions"]["peft"]
+    check_versions(stored["versions"], CONFIG, warnings.append)
     (warning,) = warnings
     assert "torch 1.0 -> 2" in warning and "peft unknown -> " in warning and "python" not in warning
 

@@ -117,14 +117,14 @@ def cropped(picture: np.ndarray, side: int = 224) -> torch.Tensor:
 @torch.no_grad()
 def cosines(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str], side: int = 224) -> list[float]:
     """The lines of PickScore's model card, a pair at a time."""
-    found = []
+    similarities = []
     for picture, text in zip(pictures_NHWC, texts, strict=True):
         image_embs = model.get_image_features(cropped(picture, side)[None]).pooler_output
         image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
         text_embs = model.get_text_features(ids([text], VOCABULARY["<|endoftext|>"])).pooler_output
         text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
-        found.append(float((text_embs @ image_embs.T)[0]))
-    return found
+        similarities.append(float((text_embs @ image_embs.T)[0]))
+    return similarities
 
 
 def published_pickscore(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str]) -> list[float]:
@@ -151,8 +151,8 @@ def test_pickscore_reads_texts_as_the_old_configuration_of_clip_does():
 
 
 def published_clipscore(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str], side: int = 224) -> list[float]:
-    found = cosines(model, pictures_NHWC, [f"A photo depicts {text}" for text in texts], side)
-    return [2.5 * cosine if cosine > 0 else 0.0 for cosine in found]
+    similarities = cosines(model, pictures_NHWC, [f"A photo depicts {text}" for text in texts], side)
+    return [2.5 * cosine if cosine > 0 else 0.0 for cosine in similarities]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -165,9 +165,9 @@ def test_clipscore_is_the_published_formula(shape):
         texts
     )  # what one clips the other does not
     differ(expected[0] if any(expected[0]) else expected[1])
-    for clip, wanted in zip((model, turned), expected, strict=True):
+    for clip, reference in zip((model, turned), expected, strict=True):
         scores = CLIPScore(clip, tokenizer(), CLIPImageProcessorPil()).score(drawn, PROMPTS)
-        assert values(scores) == pytest.approx(wanted, abs=1e-5)
+        assert values(scores) == pytest.approx(reference, abs=1e-5)
 
 
 def save_clip(folder: Path, model: CLIPModel, side: int = 224) -> None:
@@ -394,8 +394,8 @@ def test_hpsv2_is_open_clips_network_through_a_checkpoint(shape, tmp_path):
 def test_the_middle_is_torchvisions(extra, before, turned):
     """Numbers of its CenterCrop, which rounds half of the rest to an even number."""
     drawn = np.random.default_rng(0).integers(0, 256, (224, 224 + extra, 3), np.uint8)
-    found = center_crop(drawn.transpose(1, 0, 2) if turned else drawn, 224)
-    assert np.array_equal(found.transpose(1, 0, 2) if turned else found, drawn[:, before : before + 224])
+    middle = center_crop(drawn.transpose(1, 0, 2) if turned else drawn, 224)
+    assert np.array_equal(middle.transpose(1, 0, 2) if turned else middle, drawn[:, before : before + 224])
 
 
 @pytest.mark.parametrize(("height", "before", "after"), [(50, 56, 56), (97, 3, 4), (99, 1, 1), (98, 2, 2), (100, 0, 0)])
@@ -599,24 +599,24 @@ def test_from_the_cache_without_a_network(tmp_path):
     np.save(tmp_path / "pictures.npy", drawn)
     constants = {"hpsv2": {"SHA256": sha256}, "aesthetic": {"URL": NOWHERE, "SHA256": head_sha256}}
     broken = [str(words / "merges.txt"), str(published), str(head_file)]
-    told = {"texts": texts, "constants": constants, "broken": broken, "hub": str(hub)}
+    inputs = {"texts": texts, "constants": constants, "broken": broken, "hub": str(hub)}
     places = {"HF_HUB_CACHE": str(hub), "TORCH_HOME": str(tmp_path / "torch"), "HF_HUB_OFFLINE": "1"}
     places |= {
         "PYTHONPATH": str(Path(progrpo.__file__).parents[1]),
         "NO_PROXY": "127.0.0.1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, "-c", SCRIPT, json.dumps(told), str(tmp_path / "pictures.npy")]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(inputs), str(tmp_path / "pictures.npy")]
     done = subprocess.run(command, env={**os.environ, **places}, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    outputs = json.loads(done.stdout.splitlines()[-1])
 
-    assert not found["early"]
-    whole, broken, empty = found["whole"], found["broken"], found["empty"]
+    assert not outputs["early"]
+    whole, broken, empty = outputs["whole"], outputs["broken"], outputs["empty"]
     assert whole["pickscore"] == pytest.approx(published_pickscore(pick, drawn, texts), abs=1e-5)
     assert whole["hpsv2"] == pytest.approx(hps.score(published_pixels(drawn), ids(texts, 0)), abs=1e-5)
     assert whole["clipscore"] == pytest.approx(published_clipscore(clip, drawn, texts), abs=1e-5)
     assert whole["aesthetic"] == pytest.approx(published_aesthetic(clip, head, drawn), abs=1e-5)
-    assert found["other"] == pytest.approx(published_clipscore(other, drawn, texts, side=112), abs=1e-5)
+    assert outputs["other"] == pytest.approx(published_clipscore(other, drawn, texts, side=112), abs=1e-5)
 
     assert re.match(lacks("pickscore", VIT_H[0]), broken["pickscore"])
     assert f"{published} is damaged, its sha256 is " in broken["hpsv2"]

@@ -86,9 +86,9 @@ def test_runs_that_differ_in_seed_and_in_what_the_machine_chose_are_one_recipe()
     ],
 )
 def test_labels_tell_recipes_apart(changes, labels):
-    found = [recipe.label for recipe in grouped([data(), data(**changes)])]
-    assert len(set(found)) == 2 and all(len(label) < 120 for label in found)
-    assert labels is None or found == labels
+    names = [recipe.label for recipe in grouped([data(), data(**changes)])]
+    assert len(set(names)) == 2 and all(len(label) < 120 for label in names)
+    assert labels is None or names == labels
 
 
 def test_only_settings_that_differ_are_listed():
@@ -152,23 +152,23 @@ def points(*values: float) -> list[Point]:
     ],
 )
 def test_arrivals_are_interpolated(values, level, place, at_first):
-    found = arrival(points(*values), level)
-    assert (found is None) == (place is None)
-    if found is not None:
-        assert found.at == pytest.approx(dict.fromkeys(AXES, place)) and found.at_first == at_first
+    reached = arrival(points(*values), level)
+    assert (reached is None) == (place is None)
+    if reached is not None:
+        assert reached.at == pytest.approx(dict.fromkeys(AXES, place)) and reached.at_first == at_first
 
 
 def test_levels_are_shares_of_the_smallest_gain_by_hand():
     slow = [data((0.2, 0.4, 0.6)), data((0.2, 0.2, 0.4), seed=1)]  # mean 0.2 -> 0.5
     fast = [data((0.4, 0.8, 1.0), optim={"lr": 1.0})]
-    found = levels(grouped([*slow, *fast]))
-    assert found is not None and (found.start, found.end) == pytest.approx((0.2, 0.5))
-    assert found.rewards == pytest.approx([0.275, 0.35, 0.425, 0.5])
-    first, second = found.arrivals["mine, lr 0.1"][1]  # 0.35
+    equal_reward = levels(grouped([*slow, *fast]))
+    assert equal_reward is not None and (equal_reward.start, equal_reward.end) == pytest.approx((0.2, 0.5))
+    assert equal_reward.rewards == pytest.approx([0.275, 0.35, 0.425, 0.5])
+    first, second = equal_reward.arrivals["mine, lr 0.1"][1]  # 0.35
     assert first and second and first.at["seconds"] == pytest.approx(10 + 10 * 0.75)
     assert second.at["seconds"] == pytest.approx(20 + 10 * 0.75)
-    assert found.arrivals["mine, lr 0.1"][3][1] is None  # one seed ends at 0.4
-    (quick,) = found.arrivals["mine, lr 1.0"][0]
+    assert equal_reward.arrivals["mine, lr 0.1"][3][1] is None  # one seed ends at 0.4
+    (quick,) = equal_reward.arrivals["mine, lr 1.0"][0]
     assert quick and quick.at_first and quick.at["nfe"] == 100
 
 
@@ -227,8 +227,8 @@ def test_cautions_say_what_does_not_fit():
 def write(folder: Path, rewards: Any, status: str = "finished", **changes: Any) -> Path:
     run = RunFolder.create(folder)
     run.log_config(config(**changes))
-    found = data(rewards)
-    for i, record in enumerate(found.metrics):
+    run_data = data(rewards)
+    for i, record in enumerate(run_data.metrics):
         run.log({**record, "eval/kl": 0.1 * i, "reward/mean": 0.5}, i)
     if status == "finished":
         records: Any = [{"prompt": f"p{i}", "graded": 0.5, "strict": i == 0, "judge": None} for i in range(2)]
@@ -267,13 +267,13 @@ def test_running_and_killed_runs_are_compared_as_far_as_they_are(tmp_path):
 
 def test_json_has_the_figures_and_no_nan(tmp_path):
     folders = [write(tmp_path / "a", (0.1, 0.5)), write(tmp_path / "b", (0.1, 0.9), optim={"lr": 0.2})]
-    found: Any = json.loads(json.dumps(figures_of(compare(folders)), allow_nan=False))
-    assert [recipe["label"] for recipe in found["recipes"]] == ["mine, lr 0.1", "mine, lr 0.2"]
-    assert found["differences"] == {"optim.lr": {"mine, lr 0.1": "0.1", "mine, lr 0.2": "0.2"}}
-    assert found["equal_reward"]["rewards"] == pytest.approx([0.2, 0.3, 0.4, 0.5])
-    arrivals = found["equal_reward"]["arrivals"]
+    figures: Any = json.loads(json.dumps(figures_of(compare(folders)), allow_nan=False))
+    assert [recipe["label"] for recipe in figures["recipes"]] == ["mine, lr 0.1", "mine, lr 0.2"]
+    assert figures["differences"] == {"optim.lr": {"mine, lr 0.1": "0.1", "mine, lr 0.2": "0.2"}}
+    assert figures["equal_reward"]["rewards"] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    arrivals = figures["equal_reward"]["arrivals"]
     assert arrivals["mine, lr 0.2"][3][0]["seconds"] == pytest.approx(15)
-    curve_of_first = found["recipes"][0]["curves"]["eval/graded"]
+    curve_of_first = figures["recipes"][0]["curves"]["eval/graded"]
     assert curve_of_first["mean"] == [0.1, 0.5] and curve_of_first["at"]["hours"][1] == pytest.approx(20 * 2 / 3600)
 
 

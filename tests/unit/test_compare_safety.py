@@ -22,8 +22,8 @@ def runs(folder: Path, word: str) -> list[Path]:
     for run, value in ((first, 1), (second, word)):
         run.log_config({**run.config.read(), f"{word}.x": value, "eval": {"every": 1}})
         lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().split("\n")[:-1]]
-        told = [{**line, "eval/graded": 0.5 + i, "eval/kl": 0.1 * i} for i, line in enumerate(lines)]
-        run.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in told))
+        records = [{**line, "eval/graded": 0.5 + i, "eval/kl": 0.1 * i} for i, line in enumerate(lines)]
+        run.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in records))
     return [first.path, second.path]
 
 

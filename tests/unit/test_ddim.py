@@ -42,8 +42,8 @@ def draws(dtype=torch.float64):
     return (torch.randn(3, 2, 4, 5, generator=generator, dtype=dtype) for _ in range(2))
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 # --- DDIM -------------------------------------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ def test_a_step_of_precise_is_the_sde_of_flow_grpo_with_x0_held(sigma, sigma_nex
         mean, variance = moved[None], (beside - moved) ** 2 * variance + std**2
     at, after = (flow_levels(torch.tensor(value, dtype=torch.float64)) for value in (sigma, sigma_next))
     std = precise_std(at, after, noise_level)
-    found = preserving_mean(x0, (x - at.alpha * x0) / at.sigma, after, std)
-    torch.testing.assert_close(found, mean, rtol=1e-3, atol=1e-3)
+    preserved = preserving_mean(x0, (x - at.alpha * x0) / at.sigma, after, std)
+    torch.testing.assert_close(preserved, mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(std, variance.sqrt().squeeze(), rtol=1e-3, atol=0)
     assert std > 0.05
 
@@ -245,9 +245,9 @@ def test_a_std_for_each_row_is_bitwise_the_same_as_one_for_all():
 
 def test_reduced_log_prob_by_hand():
     x, mean = draws()
-    for row, found in enumerate(reduced_log_prob(x, mean, torch.tensor(0.3)).tolist()):
+    for row, reduced in enumerate(reduced_log_prob(x, mean, torch.tensor(0.3)).tolist()):
         squares = [(a - b) ** 2 for a, b in zip(x[row].flatten().tolist(), mean[row].flatten().tolist(), strict=True)]
-        assert found == pytest.approx(-sum(squares) / 40, rel=1e-12)
+        assert reduced == pytest.approx(-sum(squares) / 40, rel=1e-12)
 
 
 def test_its_log_ratio_is_the_gaussians_times_twice_the_variance():
@@ -262,6 +262,6 @@ def test_its_log_ratio_is_the_gaussians_times_twice_the_variance():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_computed_in_float32(dtype):
     x, mean = (300 * value.to(dtype) for value in draws())  # squared distances overflow float16
-    found = reduced_log_prob(x, mean, torch.tensor(0.1, dtype=dtype))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, reduced_log_prob(x.float(), mean.float(), torch.tensor(0.1)))
+    reduced = reduced_log_prob(x, mean, torch.tensor(0.1, dtype=dtype))
+    assert reduced.dtype == torch.float32
+    torch.testing.assert_close(reduced, reduced_log_prob(x.float(), mean.float(), torch.tensor(0.1)))

@@ -66,11 +66,11 @@ def test_targets_are_what_find_reads():
     prompts, scenes = sampled(60)
     oracle = Oracle(*_targets(scenes, [[False] * len(s.shapes) for s in scenes]))
     pictures = np.zeros((60, 64, 64, 3), np.uint8)
-    for scene, found in zip(scenes, oracle.find(pictures), strict=True):
-        wanted = sorted(objects(scene), key=lambda o: o[2])
-        found = sorted(found, key=lambda o: o[2])
-        assert [o[:2] for o in found] == [o[:2] for o in wanted]
-        np.testing.assert_allclose([o[2:] for o in found], [o[2:] for o in wanted], atol=1e-4)
+    for scene, detected in zip(scenes, oracle.find(pictures), strict=True):
+        expected = sorted(objects(scene), key=lambda o: o[2])
+        detected = sorted(detected, key=lambda o: o[2])
+        assert [o[:2] for o in detected] == [o[:2] for o in expected]
+        np.testing.assert_allclose([o[2:] for o in detected], [o[2:] for o in expected], atol=1e-4)
     assert oracle.passes(pictures, prompts) == [True] * 60
 
 
@@ -78,7 +78,7 @@ def test_a_malformed_object_is_no_shape():
     prompts, scenes = sampled(20)
     oracle = Oracle(*_targets(scenes, [[True] * len(s.shapes) for s in scenes]))
     pictures = np.zeros((20, 64, 64, 3), np.uint8)
-    assert {shape for found in oracle.find(pictures) for _, shape, _, _ in found} == {"other"}
+    assert {shape for detected in oracle.find(pictures) for _, shape, _, _ in detected} == {"other"}
     assert oracle.passes(pictures, prompts) == [False] * 20
 
 

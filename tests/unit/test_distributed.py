@@ -46,10 +46,10 @@ def test_a_lost_process_is_told_from_a_mistake():
 
 
 def test_a_lost_process_is_said_once_and_in_one_sentence():
-    with pytest.raises(LostProcessError) as found, explain_lost_process(lambda: "begin anew"):  # noqa: SIM117
+    with pytest.raises(LostProcessError) as error, explain_lost_process(lambda: "begin anew"):  # noqa: SIM117
         with explain_lost_process(lambda: "go on"):
             raise RuntimeError("[gloo/pair.cc:553] Connection closed by peer. This is\na longer story")
-    assert str(found.value) == (
+    assert str(error.value) == (
         "another process of this run was lost ([gloo/pair.cc:553] Connection closed by peer); go on"
     )
     with pytest.raises(RuntimeError, match="shapes") as other, explain_lost_process(lambda: "go on"):

@@ -163,8 +163,8 @@ def test_the_path_weight_is_that_of_the_bound(form):
 
     normal = torch.distributions.Normal(0.0, 1.0)
     for data in (0.5, 1.0, -2.0):
-        wanted = (normal.log_prob(torch.tensor(data)) - normal.log_prob(torch.tensor(0.0))).item()
-        assert log_prob(data) - log_prob(0.0) == pytest.approx(wanted, rel=5e-3)
+        expected = (normal.log_prob(torch.tensor(data)) - normal.log_prob(torch.tensor(0.0))).item()
+        assert log_prob(data) - log_prob(0.0) == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *told: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
 
@@ -136,9 +136,9 @@ def test_a_server_on_this_machine_is_asked_whatever_the_environment_says(client,
 def test_which_proxy_is_before_a_server(variables, url, proxy, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = proxy_for(url)
-    assert (None if found is None else found.url) == proxy
-    assert found is None or found.variable in variables
+    actual = proxy_for(url)
+    assert (None if actual is None else actual.url) == proxy
+    assert actual is None or actual.variable in variables
 
 
 def test_a_proxy_in_the_way_is_named_without_its_password(monkeypatch):

@@ -52,9 +52,9 @@ def test_frames_are_never_taken_twice():
 
 @pytest.mark.parametrize("kind", [np.asarray, lambda a: torch.from_numpy(np.ascontiguousarray(a))])
 def test_the_middle_frame_stands_for_a_video_and_holds_no_other(kind):
-    found = still_pictures(kind(VIDEOS))
-    assert found.shape == (2, 4, 5, 3) and [int(picture[0, 0, 0]) for picture in found] == [4, 14]
-    size = found.untyped_storage().nbytes() if isinstance(found, torch.Tensor) else found.base.nbytes
+    stills = still_pictures(kind(VIDEOS))
+    assert stills.shape == (2, 4, 5, 3) and [int(picture[0, 0, 0]) for picture in stills] == [4, 14]
+    size = stills.untyped_storage().nbytes() if isinstance(stills, torch.Tensor) else stills.base.nbytes
     assert size == 2 * 4 * 5 * 3
     pictures = kind(VIDEOS[:, 0])
     assert still_pictures(pictures) is pictures

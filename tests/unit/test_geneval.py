@@ -82,7 +82,7 @@ def test_relations(box, other, expected):
 
 
 def test_relations_are_the_published_formula():
-    generator, found = np.random.default_rng(0), set()
+    generator, combinations = np.random.default_rng(0), set()
     for _ in range(2000):
         x0, y0, a0, b0 = generator.uniform(0, 100, 4)
         w, h, v, u = generator.uniform(1, 80, 4)
@@ -93,8 +93,8 @@ def test_relations_are_the_published_formula():
             if max(abs(d) - 0.1 * sizes, 0) / length > 0.5:
                 expected.add(names[int(d > 0)])
         assert relations((x0, y0, x0 + w, y0 + h), (a0, b0, a0 + v, b0 + u)) == expected
-        found.add(frozenset(expected))
-    assert len(found) == 9  # every combination
+        combinations.add(frozenset(expected))
+    assert len(combinations) == 9  # every combination
 
 
 # --- what is right ----------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def published_instances(model, picture: np.ndarray) -> list[tuple[str, float, np
         for query, row in enumerate(outputs.class_queries_logits[0].softmax(-1))
         for c, p in enumerate(row[:-1])
     ]
-    found = []
+    instances = []
     for probability, query, name in sorted(pairs, reverse=True)[:12]:
         logits = torch.nn.functional.interpolate(outputs.masks_queries_logits[:, [query]], (384, 384), mode="bilinear")
         inside = logits[0, 0] > 0
@@ -453,8 +453,8 @@ def published_instances(model, picture: np.ndarray) -> list[tuple[str, float, np
         rows = np.arange(SHAPE[0]) * 384 // SHAPE[0]
         columns = np.arange(SHAPE[1]) * 384 // SHAPE[1]
         if score >= 0.3:
-            found.append((name, score, inside.numpy()[np.ix_(rows, columns)]))
-    return found
+            instances.append((name, score, inside.numpy()[np.ix_(rows, columns)]))
+    return instances
 
 
 def test_detections_are_the_published_instances():
@@ -462,18 +462,18 @@ def test_detections_are_the_published_instances():
     detector = Detector(model, mask2former_processor(), batch_size=2)
     assert detector.labels == {"cat", "dog", "dining table", "diningtable"}
     total = 0
-    for found, picture in zip(detector.detect(pictures), pictures, strict=True):
+    for detections, picture in zip(detector.detect(pictures), pictures, strict=True):
         expected = published_instances(model, picture)
-        assert len(found) == len(expected)
+        assert len(detections) == len(expected)
         for one, (name, score, mask) in zip(
-            sorted(found, key=lambda d: -d.score), sorted(expected, key=lambda e: -e[1]), strict=True
+            sorted(detections, key=lambda d: -d.score), sorted(expected, key=lambda e: -e[1]), strict=True
         ):
             assert (one.label, one.score) == (name, pytest.approx(score, abs=1e-4))
             assert one.mask_HW is not None
             assert one.mask_HW.shape == SHAPE
             assert np.mean(one.mask_HW != mask) < 0.01  # the odd pixel whose logit is about 0
             assert one.box == bounding_box(one.mask_HW)
-        total += len(found)
+        total += len(detections)
     assert 5 < total < 60  # some of all 60
 
 
@@ -485,8 +485,8 @@ def test_no_detections():
 
 
 def test_a_detector_in_half_precision():
-    found = Detector(small_mask2former().bfloat16(), mask2former_processor()).detect(drawn(2))
-    assert all(found) and all(type(d.score) is float for one in found for d in one)
+    detections = Detector(small_mask2former().bfloat16(), mask2former_processor()).detect(drawn(2))
+    assert all(detections) and all(type(d.score) is float for one in detections for d in one)
 
 
 def test_a_box():
@@ -512,7 +512,7 @@ def test_detections_of_a_model_of_boxes():
     model, pictures = small_yolos().eval(), drawn(3)
     processor = YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
     total = 0
-    for found, picture in zip(Detector(model, processor, 2).detect(pictures), pictures, strict=True):
+    for detections, picture in zip(Detector(model, processor, 2).detect(pictures), pictures, strict=True):
         made = processor([picture], input_data_format="channels_last", return_tensors="pt")
         with torch.no_grad():
             outputs = model(pixel_values=made.pixel_values)
@@ -522,12 +522,12 @@ def test_detections_of_a_model_of_boxes():
             if score > 0.3:
                 box = (72 * (x - w / 2), 48 * (y - h / 2), 72 * (x + w / 2), 48 * (y + h / 2))
                 expected.append((["N/A", "dog", "airplane"][int(label)], float(score), box))
-        assert [d.label for d in found] == [label for label, _, _ in expected]
-        assert [d.score for d in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
-        assert all(d.mask_HW is None for d in found)
-        boxes = [edge for d in found for edge in d.box]
+        assert [d.label for d in detections] == [label for label, _, _ in expected]
+        assert [d.score for d in detections] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
+        assert all(d.mask_HW is None for d in detections)
+        boxes = [edge for d in detections for edge in d.box]
         assert boxes == pytest.approx([edge for _, _, box in expected for edge in box], abs=1e-3)
-        total += len(found)
+        total += len(detections)
     assert 0 < total < 18
 
 
@@ -563,12 +563,12 @@ def ids(text: str) -> list[int]:
 
 
 @torch.no_grad()
-def published_color(model: CLIPModel, picture: np.ndarray, found: Detection, label: str) -> str:
+def published_color(model: CLIPModel, picture: np.ndarray, detection: Detection, label: str) -> str:
     """Of one object: PIL composes and crops it, and each colour has the mean of its three texts."""
     image = Image.fromarray(picture)
-    if found.mask_HW is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(found.mask_HW))
-    image = image.crop(found.box)
+    if detection.mask_HW is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(detection.mask_HW))
+    image = image.crop(detection.box)
     short = min(image.size)  # then open_clip's, which is torchvision's Resize and CenterCrop
     image = image.resize((int(224 * image.width / short), int(224 * image.height / short)), Image.Resampling.BICUBIC)
     left, top = (round((length - 224) / 2.0) for length in image.size)
@@ -582,8 +582,8 @@ def published_color(model: CLIPModel, picture: np.ndarray, found: Detection, lab
             f"a photo of a {color}-colored {label}",
             f"a photo of a {color} object",
         )
-        told = [model.get_text_features(torch.tensor([ids(text)])).pooler_output[0] for text in texts]
-        middle = sum(t / t.norm() for t in told)
+        embeds = [model.get_text_features(torch.tensor([ids(text)])).pooler_output[0] for text in texts]
+        middle = sum(t / t.norm() for t in embeds)
         cosines.append(float(middle @ seen / middle.norm()))
     return COLORS[int(np.argmax(cosines))]
 
@@ -597,7 +597,7 @@ def test_colors_are_the_published_classifier():
         objects.append(Detection("dog", 1.0, box, generator.random((60, 90)) < 0.1 * (i % 10) if i % 3 else None))
     colors, model = small_colors(), small_clip()
     for label in ("dog", "dining table"):
-        expected = [published_color(model, picture, found, label) for found in objects]
+        expected = [published_color(model, picture, detection, label) for detection in objects]
         assert colors(picture, objects, label) == expected
         assert len(set(expected)) > 2
 

@@ -40,8 +40,8 @@ def noise_std(sampler, step):
 def output(policy, experience, transition, row, weights="current"):
     c = experience.condition.tensors["c"][experience.trajectories.group_N[row]]
     with policy.weights(weights):
-        told = policy.a * transition.x_NCHW[row] + experience.guidance_scale * policy.b * c
-    return told + TIMESTEPS[transition.step] / 100
+        velocity = policy.a * transition.x_NCHW[row] + experience.guidance_scale * policy.b * c
+    return velocity + TIMESTEPS[transition.step] / 100
 
 
 def gaussian(policy, experience, transition, row, weights="current"):

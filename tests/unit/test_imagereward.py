@@ -319,8 +319,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.asked.append(self.path)
         self.send_response(200)
-        told = {"X-Repo-Commit": FILE[2], "X-Linked-Etag": f'"{self.sha256}"', "Content-Length": "9"}
-        for name, value in told.items():
+        headers = {"X-Repo-Commit": FILE[2], "X-Linked-Etag": f'"{self.sha256}"', "Content-Length": "9"}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -355,9 +355,9 @@ def test_from_the_cache_by_the_checksum_of_its_link_and_without_links_by_the_hub
         command = [sys.executable, "-c", SCRIPT, *files, json.dumps(texts)]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         server.shutdown()
-    found = json.loads(done.stdout.splitlines()[-1])
+    outputs = json.loads(done.stdout.splitlines()[-1])
     expected = [model.score(picture, text) for picture, text in zip(drawn, texts, strict=True)]
-    assert found["linked"] == pytest.approx(expected, abs=2e-5)
-    assert found["damaged"].startswith(f"reward 'imagereward': {blobs / sha256} is damaged, its sha256 is ")
-    assert found["not linked"] == pytest.approx(expected, abs=2e-5)
+    assert outputs["linked"] == pytest.approx(expected, abs=2e-5)
+    assert outputs["damaged"].startswith(f"reward 'imagereward': {blobs / sha256} is damaged, its sha256 is ")
+    assert outputs["not linked"] == pytest.approx(expected, abs=2e-5)
     assert answers.asked == [f"/{FILE[0]}/resolve/{FILE[2]}/{FILE[1]}"]  # once: links need no network

@@ -145,8 +145,8 @@ def test_an_evaluation_of_another_size_or_length_has_no_equal(tmp_path):
     assert translation.config.model.frames == 33
     assert {statuses(translation)[name.replace("__", ".")] for name in same} == {"not needed here"}
     other = {"eval__resolution": [832, 480], "eval__num_frames": 17}
-    found = statuses(imported(tmp_path, **wide, **other))
-    assert {found[name.replace("__", ".")] for name in other} == {"no equal here"}
+    status = statuses(imported(tmp_path, **wide, **other))
+    assert {status[name.replace("__", ".")] for name in other} == {"no equal here"}
 
 
 def test_every_setting_ends_in_one_list_once(tmp_path):
@@ -163,10 +163,10 @@ def test_every_setting_ends_in_one_list_once(tmp_path):
     given = [*leaves(SETTINGS), "surprise.a[0]", "surprise.a[1].b", "train.later"]
     assert set(names.values()) == {1}
     assert {name for name in names if not name.endswith("(its default)")} == set(given)
-    found = statuses(translation)
-    assert set(found.values()) == set(STATUSES[:3])
-    assert {found[name] for name in given[-3:]} == {"no equal here"}
-    assert found["rewards[1].reward_model"] == "no equal here" and found["scheduler.sde_steps"] == "translated"
+    status = statuses(translation)
+    assert set(status.values()) == set(STATUSES[:3])
+    assert {status[name] for name in given[-3:]} == {"no equal here"}
+    assert status["rewards[1].reward_model"] == "no equal here" and status["scheduler.sde_steps"] == "translated"
 
 
 def test_what_a_file_leaves_out_has_their_default_and_not_ours(tmp_path):
@@ -282,10 +282,10 @@ def test_a_setting_by_its_older_and_its_newer_name_is_not_lost(tmp_path):
 def test_a_data_set_may_have_its_own_evaluation(tmp_path, steps, fate):
     own = {"num_inference_steps": steps}
     sets = [{"name": name, "dataset_dir": name, "train": {"weight": 1}, "eval": own} for name in ("a", "b")]
-    found = statuses(imported(tmp_path, data={"datasets": [*sets, {"name": "c", "dataset_dir": "c", "eval": {}}]}))
-    assert found["data.datasets[0].eval.num_inference_steps"] == fate
-    assert found["data.datasets[1].eval.num_inference_steps"] == "not needed here"
-    assert found["data.datasets[2].dataset_dir"] == "no equal here"
+    status = statuses(imported(tmp_path, data={"datasets": [*sets, {"name": "c", "dataset_dir": "c", "eval": {}}]}))
+    assert status["data.datasets[0].eval.num_inference_steps"] == fate
+    assert status["data.datasets[1].eval.num_inference_steps"] == "not needed here"
+    assert status["data.datasets[2].dataset_dir"] == "no equal here"
 
 
 def test_rewards_of_its_registry_are_ours(tmp_path):
@@ -295,9 +295,9 @@ def test_rewards_of_its_registry_are_ours(tmp_path):
     ]
     translation = imported(tmp_path, rewards=rewards, eval_rewards=[])
     assert translation.config.reward.terms == (RewardTerm("hpsv2", 2.0), RewardTerm("soft_tifa"))
-    found = statuses(translation)
-    assert (found["rewards[0].reward_model"], found["rewards[1].reward_model"]) == ("translated", "no equal here")
-    assert (found["rewards[0].hps_version"], found["rewards[1].aggregation"]) == ("not needed here",) * 2
+    status = statuses(translation)
+    assert (status["rewards[0].reward_model"], status["rewards[1].reward_model"]) == ("translated", "no equal here")
+    assert (status["rewards[0].hps_version"], status["rewards[1].aggregation"]) == ("not needed here",) * 2
 
 
 def test_a_home_that_nobody_has_is_a_folder_like_another(tmp_path):

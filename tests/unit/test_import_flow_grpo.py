@@ -126,9 +126,9 @@ def test_a_task_is_translated(tmp_path):
 def test_a_video_has_height_width_and_frames(tmp_path):
     translation = task(tmp_path, "config.height = 240", "config.width = 416", "config.frames = 33")
     assert (translation.config.model.resolution, translation.config.model.frames) == ((240, 416), 33)
-    found = statuses(translation)
-    assert found["height"] == found["width"] == found["frames"] == "translated"
-    assert found["resolution"] == "not needed here"
+    status = statuses(translation)
+    assert status["height"] == status["width"] == status["frames"] == "translated"
+    assert status["resolution"] == "not needed here"
     for side in ("height", "width"):
         translation = task(tmp_path, f"config.{side} = 240")
         assert statuses(translation)[side] == "no equal here" and translation.config.model.resolution == 512
@@ -144,10 +144,10 @@ def test_every_setting_ends_in_one_list(tmp_path):
         *("script.model", "script.max_sequence_length", "script.eval_prompts", "a statement"),
     }
     assert set(names.values()) == {1}
-    found = statuses(translation)
-    assert set(found.values()) == set(STATUSES)
-    assert found["train.new_one"] == found["sample.kl_reward"] == "no equal here"
-    assert found["seed"] == found["a statement"] == "could not be read"
+    status = statuses(translation)
+    assert set(status.values()) == set(STATUSES)
+    assert status["train.new_one"] == status["sample.kl_reward"] == "no equal here"
+    assert status["seed"] == status["a statement"] == "could not be read"
     assert translation.config.seed == 0  # and not the 7 that the base has
     printed = as_tables(translation)
     assert all(sum(line.split()[:1] == [n] for line in printed.splitlines()) == 1 for n in names if n != "a statement")
@@ -215,7 +215,7 @@ def read(folder: Path, *lines: str, top: str = ""):
 
 
 def test_expressions_are_followed(tmp_path):
-    found = read(
+    script = read(
         tmp_path,
         "n = 4",
         "n += 2",
@@ -231,11 +231,11 @@ def test_expressions_are_followed(tmp_path):
         'config.g = ml_collections.ConfigDict({"h": 1})',
         top="MANY = 3",
     )
-    assert found.settings == {
+    assert script.settings == {
         **{"a": -12 // 5 + 3, "b": [6, "xy", (1.5, None)], "c": True, "d": 9, "e": 3, "f": "xy"},
         "g": {"h": 1},
     }
-    assert not found.unread
+    assert not script.unread
 
 
 @pytest.mark.parametrize(
@@ -257,13 +257,13 @@ def test_expressions_are_followed(tmp_path):
     ],
 )
 def test_what_cannot_be_followed_is_unread_with_its_line(tmp_path, line):
-    found = read(tmp_path, "config.a = 1", line)
+    script = read(tmp_path, "config.a = 1", line)
     line_number = (MAIN + "\n").count("\n") + 4
-    assert isinstance(found.settings["a"], Unread) and found.settings["a"].line == line_number
+    assert isinstance(script.settings["a"], Unread) and script.settings["a"].line == line_number
 
 
 def test_what_an_unknown_condition_sets_is_unread(tmp_path):
-    found = read(
+    script = read(
         tmp_path,
         "config.a = 1",
         "if os.environ.get('X'):",
@@ -271,8 +271,8 @@ def test_what_an_unknown_condition_sets_is_unread(tmp_path):
         "for i in range(3):",
         "    config.b = i",
     )
-    assert isinstance(found.settings["a"], Unread) and isinstance(found.settings["b"], Unread)
-    assert len(found.unread) == 2
+    assert isinstance(script.settings["a"], Unread) and isinstance(script.settings["b"], Unread)
+    assert len(script.unread) == 2
 
 
 def test_what_a_file_changes_before_its_functions_is_followed(tmp_path):
@@ -281,10 +281,10 @@ def test_what_a_file_changes_before_its_functions_is_followed(tmp_path):
         *["D, E, F = 7, 8, 9", "for D in range(3):", "    pass", "with open('x') as x:", "    E = 1", "del F"],
         *["G = 10", "if __name__ == '__main__':", "    G = 11", "print(G)"],
     ]
-    found = read(tmp_path, *[f"config.{name.lower()} = {name}" for name in "ABCDEFG"], top="\n".join(top))
-    known = {name: value for name, value in found.settings.items() if not isinstance(value, Unread)}
+    script = read(tmp_path, *[f"config.{name.lower()} = {name}" for name in "ABCDEFG"], top="\n".join(top))
+    known = {name: value for name, value in script.settings.items() if not isinstance(value, Unread)}
     assert known == {"a": 3, "b": 4, "c": 6, "g": 10}
-    assert [unread.text for unread in found.unread] == ["for D in range(3):", "with open('x') as x:", "del F"]
+    assert [unread.text for unread in script.unread] == ["for D in range(3):", "with open('x') as x:", "del F"]
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ SD35, FLUX, KONTEXT = "stabilityai/stable-diffusion-3.5-medium", "black-forest-l
 
 def values(config: Config, paths: dict[str, Any]) -> dict[str, Any]:
     """The configuration's values at these paths, each written as `part.field`."""
-    found: dict[str, Any] = {}
+    by_path: dict[str, Any] = {}
     for path in paths:
         value: Any = config
         for name in path.split("."):
             value = getattr(value, name)
-        found[path] = value
-    return found
+        by_path[path] = value
+    return by_path
 
 
 # --- flow_grpo --------------------------------------------------------------------------------------------------------
@@ -579,8 +579,8 @@ def klein(which: str) -> str:
 
 
 def window(noise: float, end: int, size: int = 1, sampler: str = "flow_grpo") -> dict[str, Any]:
-    found = {"sampling.sde_window": "random", "sampling.sde_window_size": size, "sampling.sde_window_end": end}
-    return {**found, "sampling.noise_level": noise, "sampling.sampler": sampler}
+    settings = {"sampling.sde_window": "random", "sampling.sde_window_size": size, "sampling.sde_window_end": end}
+    return {**settings, "sampling.noise_level": noise, "sampling.sampler": sampler}
 
 
 def learns(name: str, **fields: Any) -> dict[str, Any]:
@@ -1258,9 +1258,9 @@ def test_both_networks_of_a_wan_are_trained(tmp_path, own, fates):
     settings = of(WAN22, "wan2_t2v", 8, size(256, 10, 5.0, guidance_scale_2=3.0), sde(0.9, [1]), [term("PickScore")])
     settings["model"] |= own
     translation = as_file(tmp_path, settings)
-    found = {row.name: row.outcome.status for row in translation.rows}
-    assert {found[f"model.{name}"] for name in own} == fates
-    assert found["train.guidance_scale_2"] == "no equal here"
+    status = {row.name: row.outcome.status for row in translation.rows}
+    assert {status[f"model.{name}"] for name in own} == fates
+    assert status["train.guidance_scale_2"] == "no equal here"
     assert set(translation.config.model.lora_targets) == LAYERS["wan2_t2v"]
 
 
@@ -1314,9 +1314,9 @@ def test_a_trainers_name_is_read_in_any_case(tmp_path):
 def test_flow_factorys_rewards_keep_their_share(tmp_path, theirs, name, factor, fate, aggregation):
     train = size(512, 10, 1.0, advantage_aggregation=aggregation)
     translation = as_file(tmp_path, of(SD35, "sd3-5", 8, train, sde(0.7, [1, 2]), [term(theirs, 3.0)]))
-    (found,) = translation.config.reward.terms
+    (reward_term,) = translation.config.reward.terms
     weight = 3.0 if aggregation == "gdpo" else 3.0 * factor
-    assert (found.name, found.weight) == (name, pytest.approx(weight, rel=1e-6))
+    assert (reward_term.name, reward_term.weight) == (name, pytest.approx(weight, rel=1e-6))
     assert {row.outcome.status for row in translation.rows if row.name == "rewards[0].reward_model"} == {fate}
 
 

@@ -16,13 +16,13 @@ UNKNOWN = "not a setting that this import knows"
 
 
 def values(config: Config, paths: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    by_path: dict[str, Any] = {}
     for path in paths:
         value: Any = config
         for name in path.split("."):
             value = getattr(value, name)
-        found[path] = value
-    return found
+        by_path[path] = value
+    return by_path
 
 
 # --- verl-omni --------------------------------------------------------------------------------------------------------

@@ -125,10 +125,10 @@ def test_every_setting_ends_in_one_list_once(tmp_path):
         return [name]
 
     assert {name for name in names if not name.endswith("(its default)")} == {*leaves(SETTINGS), "surprise.a"}
-    found = statuses(translation)
-    assert set(found.values()) == set(STATUSES)
-    assert found["data_source.args.run.eval_data_path"] == "could not be read"
-    assert (found["surprise.a"], found["algorithm.params"]) == ("no equal here", "not needed here")
+    status = statuses(translation)
+    assert set(status.values()) == set(STATUSES)
+    assert status["data_source.args.run.eval_data_path"] == "could not be read"
+    assert (status["surprise.a"], status["algorithm.params"]) == ("no equal here", "not needed here")
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_every_setting_ends_in_one_list_once(tmp_path):
 )
 def test_settings_mean_the_same_here(tmp_path, changes, expected):
     config = imported(tmp_path, changes).config
-    found: dict[str, Any] = {}
+    by_path: dict[str, Any] = {}
     for path in expected:
         value: Any = config
         for name in path.split("."):
             value = getattr(value, name)
-        found[path] = value
-    assert found == expected
+        by_path[path] = value
+    assert by_path == expected
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_settings_mean_the_same_here(tmp_path, changes, expected):
     ],
 )
 def test_what_differs_is_listed(tmp_path, changes, names):
-    found = statuses(imported(tmp_path, changes))
-    assert {found[name] for name in names} == {"no equal here"}
+    status = statuses(imported(tmp_path, changes))
+    assert {status[name] for name in names} == {"no equal here"}
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_a_block_may_refer_to_a_section(tmp_path):
     translation = imported(tmp_path, changes)
     assert translation.config.model.path == "somebody/stable-diffusion-3.5"
     assert translation.config.sampling.sampler == "dance"
-    found = statuses(translation)
-    assert found["model_config.model_precision"] == found["strategy._target_"] == "translated"
-    assert found["bundle.config"] == found["model_config._target_"] == "not needed here"
+    status = statuses(translation)
+    assert status["model_config.model_precision"] == status["strategy._target_"] == "translated"
+    assert status["bundle.config"] == status["model_config._target_"] == "not needed here"
 
 
 def test_pictures_of_edits_are_listed(tmp_path):
@@ -288,9 +288,9 @@ def test_what_a_file_leaves_out_of_a_run_has_their_default(tmp_path):
     translation = imported(tmp_path, {"num_rollouts": ...})
     config = translation.config
     assert (config.iterations, config.eval.every, config.eval.num_inference_steps) == (100, 0, 10)
-    found = statuses(translation)
-    assert found["num_rollouts (its default)"] == found["eval_interval (its default)"] == "translated"
-    assert found["save_interval (its default)"] == "no equal here"
+    status = statuses(translation)
+    assert status["num_rollouts (its default)"] == status["eval_interval (its default)"] == "translated"
+    assert status["save_interval (its default)"] == "no equal here"
 
 
 def test_evaluations_may_have_other_steps_and_guidance(tmp_path):

@@ -79,10 +79,10 @@ def test_every_setting_ends_in_one_list_once(tmp_path):
     names = Counter(row.name for row in translation.rows)
     assert set(names.values()) == {1}
     assert {name for name in names if not name.endswith("(its default)")} == {*SETTINGS, *more}
-    found = statuses(translation)
-    assert set(found.values()) == set(STATUSES)
-    assert (found["surprise"], found["odd"], found["later"]) == (STATUSES[2], STATUSES[3], STATUSES[2])
-    assert found["data.train_files"] == "no equal here" and found[f"{ROLLOUT}.name"] == "not needed here"
+    status = statuses(translation)
+    assert set(status.values()) == set(STATUSES)
+    assert (status["surprise"], status["odd"], status["later"]) == (STATUSES[2], STATUSES[3], STATUSES[2])
+    assert status["data.train_files"] == "no equal here" and status[f"{ROLLOUT}.name"] == "not needed here"
 
 
 def test_a_yaml_file_has_the_same_meaning(tmp_path):
@@ -102,8 +102,8 @@ def test_a_yaml_file_has_the_same_meaning(tmp_path):
     file.write_text(yaml.safe_dump(nested))
     translation = import_verl_omni(str(file))
     assert translation.config == imported(tmp_path).config
-    found = statuses(translation)
-    assert found[f"{ACTOR}._target_"] == found[f"{ROLLOUT}.val_kwargs.pipeline.height"] == "not needed here"
+    status = statuses(translation)
+    assert status[f"{ACTOR}._target_"] == status[f"{ROLLOUT}.val_kwargs.pipeline.height"] == "not needed here"
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,13 @@ def test_a_yaml_file_has_the_same_meaning(tmp_path):
 )
 def test_settings_mean_the_same_here(tmp_path, changes, expected):
     config = imported(tmp_path, changes).config
-    found: dict[str, Any] = {}
+    by_path: dict[str, Any] = {}
     for path in expected:
         value: Any = config
         for name in path.split("."):
             value = getattr(value, name)
-        found[path] = value
-    assert found == expected
+        by_path[path] = value
+    assert by_path == expected
 
 
 def test_rewards_are_one_function_or_several_with_weights(tmp_path):
@@ -203,10 +203,10 @@ def test_rewards_are_one_function_or_several_with_weights(tmp_path):
         RewardTerm("jpeg_compressibility", 0.25 / 500),
         RewardTerm("my_rewards:mine"),
     )
-    found = statuses(translation)
-    assert found["reward.custom_reward_function.name"] == "not needed here"
-    assert found[f"{several}[small].path"] == "translated"
-    assert found[f"{several}[read].name"] == found[f"{several}[own].name"] == "no equal here"
+    status = statuses(translation)
+    assert status["reward.custom_reward_function.name"] == "not needed here"
+    assert status[f"{several}[small].path"] == "translated"
+    assert status[f"{several}[read].name"] == status[f"{several}[own].name"] == "no equal here"
 
 
 def test_what_is_left_out_has_their_default(tmp_path):

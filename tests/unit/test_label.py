@@ -156,8 +156,8 @@ def test_votes_on_some_pictures(tmp_path, asked):
     for question in asked:
         votes.add(question, 1.0, "ann")
     (tmp_path / VOTES).write_bytes((tmp_path / VOTES).read_bytes() + b'{"image_a": "000-00')
-    found = votes_on(tmp_path, {"000-00.png", "000-01.png"})
-    assert len(found) == 1 and found[0][2] == 1.0
+    selected = votes_on(tmp_path, {"000-00.png", "000-01.png"})
+    assert len(selected) == 1 and selected[0][2] == 1.0
 
 
 def test_one_process_votes_in_a_folder(tmp_path):

@@ -168,7 +168,7 @@ def test_the_command_trains_a_head_of_a_model(tmp_path, tiny_sd3, tiny_policy, c
 # --- previews ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_decides_who_is_pruned_and_nothing_is_decoded(tiny_policy, tiny_config, redness, told):
+def test_a_head_decides_who_is_pruned_and_nothing_is_decoded(tiny_policy, tiny_config, redness, prompts_of):
     policy, head = tiny_policy(), LatentHead(random_head(4))
     assert policy.latent_shape[0] == 4
     sampling = sampling_from(tiny_config(), policy, "transitions", 0)
@@ -188,7 +188,7 @@ def test_a_head_decides_who_is_pruned_and_nothing_is_decoded(tiny_policy, tiny_c
         observe=keep,
     )
     meter = Meter()
-    rolled = rollout(sampler, told("red cat"), torch.tensor([0]), NoiseKey(3, 1), meter)
+    rolled = rollout(sampler, prompts_of("red cat"), torch.tensor([0]), NoiseKey(3, 1), meter)
     (preview,) = rolled.previews
     expected = head.score(projections[0])
     assert torch.equal(preview.scores_N, expected)

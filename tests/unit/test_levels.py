@@ -18,8 +18,8 @@ SIGNAL = (1 - BETAS).cumprod(0)
 TIMESTEPS = torch.tensor([901, 601, 301, 1])
 
 
-def equal(found: Levels, expected: Levels) -> bool:
-    return all(torch.equal(getattr(found, name), getattr(expected, name)) for name in ("alpha", "sigma", "timestep"))
+def equal(actual: Levels, expected: Levels) -> bool:
+    return all(torch.equal(getattr(actual, name), getattr(expected, name)) for name in ("alpha", "sigma", "timestep"))
 
 
 # --- grids ------------------------------------------------------------------------------------------------------------
@@ -77,17 +77,17 @@ def test_levels_of_timesteps_in_any_shape():
 def test_grid_points_of_a_flow_model_come_back_bitwise(dtype, num_train_timesteps):
     grid = flow_levels(sigma_grid(10, 3.0).to(dtype), num_train_timesteps)
     places = torch.arange(11, dtype=torch.float64)
-    found = between_flow_levels(grid, places, num_train_timesteps)
-    assert equal(found, grid) and found.sigma.dtype == dtype
+    levels = between_flow_levels(grid, places, num_train_timesteps)
+    assert equal(levels, grid) and levels.sigma.dtype == dtype
     assert equal(between_flow_levels(grid, places.flip(0), num_train_timesteps), grid[torch.arange(10, -1, -1)])
 
 
 def test_between_a_flow_models_grid_points_by_hand():
     grid = flow_levels(torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64))
-    found = between_flow_levels(grid, torch.tensor([0.5, 1.25, 1.75, 2.75, 0.0], dtype=torch.float64))
-    assert found.sigma.tolist() == [0.875, 0.6875, 0.5625, 0.125, 1.0]
-    assert found.alpha.tolist() == [0.125, 0.3125, 0.4375, 0.875, 0.0]
-    assert found.timestep.tolist() == [875, 687.5, 562.5, 125, 1000]
+    levels = between_flow_levels(grid, torch.tensor([0.5, 1.25, 1.75, 2.75, 0.0], dtype=torch.float64))
+    assert levels.sigma.tolist() == [0.875, 0.6875, 0.5625, 0.125, 1.0]
+    assert levels.alpha.tolist() == [0.125, 0.3125, 0.4375, 0.875, 0.0]
+    assert levels.timestep.tolist() == [875, 687.5, 562.5, 125, 1000]
 
 
 @pytest.mark.parametrize("final", [None, SIGNAL[0]], ids=["no final", "final"])
@@ -101,9 +101,9 @@ def test_between_a_diffusion_models_grid_points_is_the_nearest_timestep():
     grid = diffusion_levels(TIMESTEPS, SIGNAL, torch.tensor(1.0))
     places = torch.tensor([0.5, 1.2, 2.501, 2.502, 3.4, 3.6, 4.0], dtype=torch.float64)
     timesteps = [751, 541, 151, 150, 1, 0, 0]  # 150.7, 150.4, 0.6 and 0.4 are rounded
-    found = between_diffusion_levels(grid, places, SIGNAL)
-    assert found.timestep.tolist() == timesteps
-    assert equal(found, diffusion_levels(torch.tensor(timesteps), SIGNAL))
+    levels = between_diffusion_levels(grid, places, SIGNAL)
+    assert levels.timestep.tolist() == timesteps
+    assert equal(levels, diffusion_levels(torch.tensor(timesteps), SIGNAL))
 
 
 @pytest.mark.parametrize("final", [None, SIGNAL[0], torch.tensor(1.0)], ids=["no final", "noisy final", "clean final"])
@@ -111,13 +111,13 @@ def test_between_a_diffusion_models_grid_points_is_the_nearest_timestep():
 def test_between_diffusion_levels_are_none_but_the_trained(timesteps, final):
     grid = diffusion_levels(timesteps, SIGNAL, final)
     places = torch.linspace(0, len(grid) - 1, 4001, dtype=torch.float64)
-    found = between_diffusion_levels(grid, places, SIGNAL)
-    whole = found.timestep.long()
-    assert torch.equal(whole.double(), found.timestep) and whole.min() >= 0 and whole.max() < 1000
-    assert equal(found, diffusion_levels(whole, SIGNAL))
-    assert (found.timestep.diff() <= 0).all()
-    assert found.timestep[0] == timesteps[0] and found.timestep[-1] == grid.timestep[-1]
-    assert len(found.timestep.unique()) >= timesteps[0] - timesteps[-1]  # each of them is met
+    levels = between_diffusion_levels(grid, places, SIGNAL)
+    whole = levels.timestep.long()
+    assert torch.equal(whole.double(), levels.timestep) and whole.min() >= 0 and whole.max() < 1000
+    assert equal(levels, diffusion_levels(whole, SIGNAL))
+    assert (levels.timestep.diff() <= 0).all()
+    assert levels.timestep[0] == timesteps[0] and levels.timestep[-1] == grid.timestep[-1]
+    assert len(levels.timestep.unique()) >= timesteps[0] - timesteps[-1]  # each of them is met
 
 
 # --- handling ---------------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def test_indexing_by_one_by_a_slice_and_by_rows():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_to_takes_all_three_along(dtype, device):
-    found = diffusion_levels(TIMESTEPS, SIGNAL).to(torch.empty(2, dtype=dtype, device=device))
-    for part in (found.alpha, found.sigma, found.timestep):
+    levels = diffusion_levels(TIMESTEPS, SIGNAL).to(torch.empty(2, dtype=dtype, device=device))
+    for part in (levels.alpha, levels.sigma, levels.timestep):
         assert part.dtype == dtype and part.device.type == device and part.shape == (4,)
 
 

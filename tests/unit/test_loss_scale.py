@@ -39,16 +39,16 @@ def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
         experience = first_experience(trainer)
         experience = replace(experience, advantages_N=experience.advantages_N * FEW)
         noting = Noting(policy.trainable.values(), lr=0.0)
-        wanted = OptimSettings(max_grad_norm=1e9)
-        updated = Updater(policy, trainer.learner.objective, noting, wanted, Ranks(), scale).update(experience)
+        settings = OptimSettings(max_grad_norm=1e9)
+        updated = Updater(policy, trainer.learner.objective, noting, settings, Ranks(), scale).update(experience)
         return noting.seen, updated.tally.over(Ranks())
 
     return cache(of)  # without a scale it is asked for several times
 
 
-def off(found, true):
+def off(approximate, true):
     """The share of a vector that is error."""
-    return ((found - true).norm() / true.norm()).item()
+    return ((approximate - true).norm() / true.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_no_bit_of_another_dtypes_gradient_changes(gradient, dtype):
 def test_an_overflow_is_computed_again_at_half_the_scale(gradient):
     scale = LossScale(True)
     scale.value = 2.0**60
-    found, seen = gradient("float16", scale, "grpo")
+    scaled, seen = gradient("float16", scale, "grpo")
     true, _ = gradient("float32", None, "grpo")
-    assert off(found, true) < 64 * torch.finfo(torch.float16).eps
+    assert off(scaled, true) < 64 * torch.finfo(torch.float16).eps
     assert seen["update/skipped"] == 0 and seen["update/rescaled"] > 0
     assert seen["update/loss_scale"] == scale.value == 2 ** (60 - seen["update/rescaled"])
 

@@ -8,7 +8,7 @@ import pytest
 
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.match import match, wanted_objects
+from progrpo.zoo.shapes.match import match, target_objects
 from progrpo.zoo.shapes.world import COLOURS, EXTENT, SHAPES, Scene, Shape
 from progrpo.zoo.splits import SPLITS
 
@@ -17,7 +17,7 @@ PROMPTS = world.sample_prompts("train", 120, seed=5)
 
 
 def ideal(prompt: Prompt) -> list[Shape]:
-    return [Shape(w.shape, w.colour or "blue", w.x, w.y, w.size) for w in wanted_objects(prompt)]
+    return [Shape(t.shape, t.colour or "blue", t.x, t.y, t.size) for t in target_objects(prompt)]
 
 
 def drawn(shapes: Sequence[Shape]) -> np.ndarray:
@@ -58,7 +58,7 @@ def test_the_wanted_scene_is_near_the_top_and_right_scenes_with_other_layouts_ar
 def test_the_wanted_scene_is_what_the_prompt_says_and_lies_in_the_picture(kind):
     for prompt in asked(kind):
         shapes = ideal(prompt)
-        assert [[w.colour, w.shape] for w in wanted_objects(prompt)] == [list(o) for o in prompt.columns["objects"]]
+        assert [[t.colour, t.shape] for t in target_objects(prompt)] == [list(o) for o in prompt.columns["objects"]]
         for s in shapes:
             reach = s.size * EXTENT[s.shape]
             assert reach <= min(s.x, s.y) and max(s.x, s.y) <= world.SIZE - reach
@@ -71,10 +71,10 @@ def test_the_wanted_scene_is_what_the_prompt_says_and_lies_in_the_picture(kind):
 
 
 def test_prompts_of_different_words_want_different_things():
-    layouts = {p.text: tuple((w.shape, w.colour, w.x, w.y, w.size) for w in wanted_objects(p)) for p in PROMPTS}
+    layouts = {p.text: tuple((t.shape, t.colour, t.x, t.y, t.size) for t in target_objects(p)) for p in PROMPTS}
     words = {(str(p.columns["objects"]), p.columns["relation"]) for p in PROMPTS}
     assert len(set(layouts.values())) == len(words)
-    places = [(w.x, w.y) for p in asked("colours") for w in wanted_objects(p)]
+    places = [(t.x, t.y) for p in asked("colours") for t in target_objects(p)]
     assert np.std(places, axis=0).min() > 3
 
 

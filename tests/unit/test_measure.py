@@ -47,10 +47,10 @@ def asked(tiny_config):
 
 
 def chosen(config: Any, policy: Any) -> tuple[int | None, int | None]:
-    found = with_measured_microbatches(config, policy, Prompt("red cat"), Ranks())
-    assert replace(found, sampling=config.sampling, optim=config.optim) == config
-    assert replace(found.sampling, microbatch=None) == replace(config.sampling, microbatch=None)
-    return found.sampling.microbatch, found.optim.microbatch
+    measured = with_measured_microbatches(config, policy, Prompt("red cat"), Ranks())
+    assert replace(measured, sampling=config.sampling, optim=config.optim) == config
+    assert replace(measured.sampling, microbatch=None) == replace(config.sampling, microbatch=None)
+    return measured.sampling.microbatch, measured.optim.microbatch
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def clock(monkeypatch):
 
 
 def test_what_is_given_stays_and_nothing_is_measured(policy, asked, monkeypatch):
-    def never(*told: Any) -> None:
+    def never(*args: Any) -> None:
         raise AssertionError("measured")
 
     monkeypatch.setattr(policy, "predict", never)
@@ -82,8 +82,8 @@ def test_what_is_given_stays_and_nothing_is_measured(policy, asked, monkeypatch)
 @pytest.mark.parametrize(("sampling", "optim"), [(5, None), (None, 7)])
 def test_of_two_fields_the_one_that_is_given_stays(policy, asked, clock, sampling, optim):
     clock(lambda rows: 1 + 0.01 * rows, lambda rows: 1 + 0.01 * rows)
-    found = chosen(asked(sampling, optim), policy)
-    assert found == ((5, 128) if sampling else (96, 7))
+    microbatches = chosen(asked(sampling, optim), policy)
+    assert microbatches == ((5, 128) if sampling else (96, 7))
 
 
 def test_where_a_call_costs_the_same_whatever_it_holds_the_largest_is_chosen(policy, asked, clock):
@@ -173,10 +173,10 @@ def memory(policy, monkeypatch):
     def of(most: int, trained: int) -> None:
         predict = policy.predict
 
-        def bounded(x: torch.Tensor, *told: Any) -> torch.Tensor:
+        def bounded(x: torch.Tensor, *args: Any) -> torch.Tensor:
             if len(x) > (trained if torch.is_grad_enabled() else most):
                 raise torch.OutOfMemoryError("made up")
-            return predict(x, *told)
+            return predict(x, *args)
 
         monkeypatch.setattr(policy, "predict", bounded)
 

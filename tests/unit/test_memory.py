@@ -32,11 +32,11 @@ def limited(policy: Any, monkeypatch: pytest.MonkeyPatch, most: int, training_al
     """A network that has memory for `most` rows; the rows of each call that it had memory for."""
     predict, rows = policy.predict, []
 
-    def predict_within(x: torch.Tensor, *told: Any) -> torch.Tensor:
+    def predict_within(x: torch.Tensor, *args: Any) -> torch.Tensor:
         if len(x) > most and (torch.is_grad_enabled() or not training_alone):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         rows.append(len(x))
-        return predict(x, *told)
+        return predict(x, *args)
 
     monkeypatch.setattr(policy, "predict", predict_within)
     return rows
@@ -68,19 +68,19 @@ def test_a_run_that_runs_out_of_memory_learns_what_it_would_have(
     policy = tiny_policy(moved=0.1)
     rows = limited(policy, monkeypatch, ONLY_SO_MANY)
     trainer = tiny_trainer(config, policy)
-    found = [trainer.step().record for _ in range(2)]
+    records = [trainer.step().record for _ in range(2)]
     assert max(rows) <= ONLY_SO_MANY
     assert trainer.config.sampling.microbatch == 2 and trainer.config.optim.microbatch in (
         2,
         4,
     )  # items come in equal parts
     assert config.sampling.microbatch == 8  # of the configuration that it was given
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(records, expected, strict=True):
         for name in ("reward/mean", "rollout/nfe", "rollout/decodes", "rollout/trained_steps", "update/grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
     moved = torch.cat([(p - before[name]).flatten() for name, p in policy.trainable.items()])
-    wanted = torch.cat([(p - before[name]).flatten() for name, p in plain.policy.trainable.items()])
-    assert (moved - wanted).norm() <= 0.02 * wanted.norm()  # Adam magnifies rounding where gradients are near 0
+    reference = torch.cat([(p - before[name]).flatten() for name, p in plain.policy.trainable.items()])
+    assert (moved - reference).norm() <= 0.02 * reference.norm()  # Adam magnifies rounding where gradients are near 0
 
 
 def test_only_what_has_too_little_memory_is_halved(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
@@ -114,7 +114,7 @@ def test_reused_graphs_cannot_be_used_twice(tiny_trainer, tiny_config, tiny_poli
     trainer = tiny_trainer(tiny_config(optim=OptimSettings(reuse_rollout=True)), policy)
     backward = torch.Tensor.backward
 
-    def fails(tensor, *told):
+    def fails(tensor, *args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.Tensor, "backward", fails)
@@ -137,7 +137,7 @@ def test_what_running_out_of_memory_is():
 def test_other_errors_are_raised(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
     policy = tiny_policy()
 
-    def breaks(*told):
+    def breaks(*args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(policy, "predict", breaks)
@@ -159,14 +159,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory by these settings")
 @pytest.mark.parametrize(
-    "told, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "100000", "MALLOC_MMAP_THRESHOLD_": "100000"}, False)]
+    "variables, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "100000", "MALLOC_MMAP_THRESHOLD_": "100000"}, False)]
 )
-def test_freed_memory_is_kept_unless_the_user_has_said_otherwise(told, kept):
+def test_freed_memory_is_kept_unless_the_user_has_said_otherwise(variables, kept):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     run = subprocess.run(
-        [sys.executable, "-c", FAULTS], env={**environment, **told}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", FAULTS], env={**environment, **variables}, capture_output=True, text=True, check=True
     )
     pages_of_all = 50 * 2**24 / resource.getpagesize()
     assert (int(run.stdout) < pages_of_all / 4) is kept

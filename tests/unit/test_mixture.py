@@ -124,17 +124,17 @@ def test_failures_are_counted_by_reward_with_the_last_error_and_then_anew():
     mixture = RewardMixture([component("a", Table(A)), component("b", failing)])
     for _ in range(2):
         mixture.score(PICTURES, PROMPTS, GROUPS)
-    found = mixture.failures()
-    assert (found.asked, found.missing) == ({"a": 12, "b": 12}, {"a": 0, "b": 4})
-    assert found.last_error == "reward b: it gave no finite number"
+    failures = mixture.failures()
+    assert (failures.asked, failures.missing) == ({"a": 12, "b": 12}, {"a": 0, "b": 4})
+    assert failures.last_error == "reward b: it gave no finite number"
     assert mixture.failures() == Failures({"a": 0, "b": 0}, {"a": 0, "b": 0}, None)
     mixture.score(PICTURES[:2], PROMPTS[:2], GROUPS[:2])
     assert mixture.failures().last_error == "reward b: OSError: gone"
 
 
 def test_the_last_error_is_a_line_that_files_and_terminals_take():
-    told = Score(None, error="first\n\x1b[31msecond \ud800")
-    mixture = RewardMixture([component("b", Table([told, Score(None, error="x" * 10**6)]))])
+    score = Score(None, error="first\n\x1b[31msecond \ud800")
+    mixture = RewardMixture([component("b", Table([score, Score(None, error="x" * 10**6)]))])
     mixture.score(PICTURES[:1], PROMPTS[:1], GROUPS[:1])
     assert mixture.failures().last_error == r"reward b: 'first \x1b[31msecond \ud800'"
     mixture.score(PICTURES[1:2], PROMPTS[1:2], GROUPS[1:2])

@@ -86,14 +86,14 @@ def test_both_estimates_are_unbiased(drawn, updated, gradient_of, count, scaled)
     """
     gradients = torch.stack([gradient_of(prompt) for prompt in range(len(PROMPTS))])
     mean = gradients.mean(0)
-    found = []
+    estimates = []
     for prompts in product(range(len(PROMPTS)), repeat=count):
         scale = LossScale(scaled)
         seen, _ = updated(drawn(prompts), scale, max_grad_norm=1e-3, microbatch=3)
         taught = set(prompts) != {3}
         assert ("update/gradient_signal" in seen) == taught
-        found.append([seen["update/gradient_signal"], seen["update/gradient_noise"]] if taught else [0.0, 0.0])
-    signal, noise = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+        estimates.append([seen["update/gradient_signal"], seen["update/gradient_noise"]] if taught else [0.0, 0.0])
+    signal, noise = torch.tensor(estimates, dtype=torch.float64).mean(0).tolist()
     assert signal == pytest.approx(mean.square().sum().item(), rel=1e-9)
     assert noise == pytest.approx((gradients - mean).square().sum().item() / len(PROMPTS), rel=1e-9)
 

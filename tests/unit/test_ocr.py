@@ -55,26 +55,26 @@ def test_one_target_is_scored_by_the_published_formula():
     generator, seen = random.Random(0), set()
     for _ in range(400):
         target, lines = f"c{words(generator, 1, 7)[0]}", words(generator, generator.randint(1, 3), 6)
-        found = score(asks_for(target), *lines)
-        assert found.value == pytest.approx(published(target, lines), abs=1e-12)
-        assert found.passed == (found.value == 1)
-        seen.add(found.value)
+        result = score(asks_for(target), *lines)
+        assert result.value == pytest.approx(published(target, lines), abs=1e-12)
+        assert result.passed == (result.value == 1)
+        seen.add(result.value)
     assert len(seen) > 15 and {0.0, 1.0} <= seen
 
 
 def test_several_targets_are_each_compared_with_the_nearest_part_of_the_text():
     generator, seen = random.Random(1), set()
     for _ in range(150):
-        wanted, lines = words(generator, generator.randint(2, 3), 5, shortest=3), words(generator, 2, 5)
-        wanted = tuple(f"b{w}" for w in wanted)
+        targets, lines = words(generator, generator.randint(2, 3), 5, shortest=3), words(generator, 2, 5)
+        targets = tuple(f"b{w}" for w in targets)
         read = "".join(lines).replace(" ", "").lower()
         parts = {read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)}
-        plain = [w.replace(" ", "").lower() for w in wanted]
+        plain = [w.replace(" ", "").lower() for w in targets]
         edits = sum(min(levenshtein(w, part) for part in parts) for w in plain)
-        found = score(asks_for(*wanted), *lines)
-        assert found.value == pytest.approx(1 - edits / sum(map(len, plain)), abs=1e-12)
-        assert found.passed == (found.value == 1) == all(w in read for w in plain)
-        seen.add(found.value)
+        result = score(asks_for(*targets), *lines)
+        assert result.value == pytest.approx(1 - edits / sum(map(len, plain)), abs=1e-12)
+        assert result.passed == (result.value == 1) == all(w in read for w in plain)
+        seen.add(result.value)
     assert len(seen) > 15
 
 
@@ -97,10 +97,10 @@ def test_several_targets_are_each_compared_with_the_nearest_part_of_the_text():
     ],
 )
 def test_scores_by_hand(prompt, lines, value):
-    found = score(prompt, *lines)
-    assert type(found.value) is float and type(found.passed) is bool
-    assert found.value == pytest.approx(value, abs=1e-12)
-    assert found.passed == (value == 1)
+    result = score(prompt, *lines)
+    assert type(result.value) is float and type(result.passed) is bool
+    assert result.value == pytest.approx(value, abs=1e-12)
+    assert result.passed == (value == 1)
 
 
 # --- one text in several forms ----------------------------------------------------------------------------------------
@@ -138,10 +138,10 @@ def test_scores_by_hand(prompt, lines, value):
     ],
 )
 def test_equal_texts_in_unequal_strings_are_equal(target, read):
-    for wanted, seen in ((target, read), (read, target)):
-        assert score(asks_for(wanted), seen) == Score(1.0, True)
-        assert score(Prompt(f'a sign that says "{wanted}"', {"target": None}), seen).passed or '"' in wanted + seen
-        assert score(asks_for(wanted, "more"), f"{seen} more") == Score(1.0, True)
+    for asked, seen in ((target, read), (read, target)):
+        assert score(asks_for(asked), seen) == Score(1.0, True)
+        assert score(Prompt(f'a sign that says "{asked}"', {"target": None}), seen).passed or '"' in asked + seen
+        assert score(asks_for(asked, "more"), f"{seen} more") == Score(1.0, True)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_other_texts_are_other_texts(target, read, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "quoted"),
     [
         ('a sign that says "Open 24 hours"', ["Open 24 hours"]),
         ('"A" over "B", "" and " "', ["A", "B"]),
@@ -206,8 +206,8 @@ def test_other_texts_are_other_texts(target, read, value):
         ('a sign with “mixed" marks', ["mixed"]),
     ],
 )
-def test_quotes(text, found):
-    assert quotations(text) == found
+def test_quotes(text, quoted):
+    assert quotations(text) == quoted
 
 
 def test_a_column_comes_before_quotes_and_may_be_one_text_or_several():
@@ -290,8 +290,8 @@ def test_small_pictures_are_enlarged_and_so_read(reward):
 
 
 def test_a_misspelt_word_scores_by_its_letters(reward):
-    (found,) = reward.score(draw("Bakary", 256, 0.17)[None], [asks_for("Bakery")])
-    assert found.value == pytest.approx(5 / 6) and found.passed is False
+    (result,) = reward.score(draw("Bakary", 256, 0.17)[None], [asks_for("Bakery")])
+    assert result.value == pytest.approx(5 / 6) and result.passed is False
 
 
 def test_several_texts_in_one_picture(reward):

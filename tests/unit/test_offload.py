@@ -55,18 +55,18 @@ def test_one_part_at_a_time_is_on_the_device_and_nothing_changes(made, moves):
     plain, turns = made(), made(offload=True)
     moves.clear()
     x, at = torch.randn(2, *plain.latent_shape), torch.tensor(500.0)
-    told = turns.encode([Prompt("red cat"), Prompt("blue dog")])
+    condition = turns.encode([Prompt("red cat"), Prompt("blue dog")])
     network, encoders = "SD3Transformer2DModel", ["CLIPTextModelWithProjection"] * 2 + ["T5EncoderModel"]
     assert moves == [(network, "off"), *((name, "on") for name in encoders)]  # for both texts
     moves.clear()
     turns.release_text_encoders()
     assert moves == [*((name, "off") for name in encoders), (network, "on")]  # after the empty text was encoded
-    found = turns.predict(x, at, told, 3.0)
-    assert torch.equal(found, plain.predict(x, at, plain.encode([Prompt("red cat"), Prompt("blue dog")]), 3.0))
-    found.square().mean().backward()
+    velocity = turns.predict(x, at, condition, 3.0)
+    assert torch.equal(velocity, plain.predict(x, at, plain.encode([Prompt("red cat"), Prompt("blue dog")]), 3.0))
+    velocity.square().mean().backward()
     with turns.weights("reference"):
         moves.clear()
-        assert torch.equal(turns.predict(x, at, told), plain.predict(x, at, told)) and moves == []
+        assert torch.equal(turns.predict(x, at, condition), plain.predict(x, at, condition)) and moves == []
 
 
 def test_a_learnt_pipeline_takes_turns_too(moves):
@@ -74,13 +74,13 @@ def test_a_learnt_pipeline_takes_turns_too(moves):
     plain, turns = (policy_from_pipeline(build("z-image"), replace(settings, offload=on)) for on in (False, True))
     network, encoder = "ZImageTransformer2DModel", "Qwen3Model"
     moves.clear()
-    told = turns.encode([Prompt("red cat")])
+    condition = turns.encode([Prompt("red cat")])
     assert moves == [(network, "off"), (encoder, "on")]
     moves.clear()
     turns.release_text_encoders()
     assert moves == [(encoder, "off"), (network, "on")]
     x, at = torch.randn(1, *plain.latent_shape), torch.tensor(500.0)
-    assert torch.equal(turns.predict(x, at, told), plain.predict(x, at, plain.encode([Prompt("red cat")])))
+    assert torch.equal(turns.predict(x, at, condition), plain.predict(x, at, plain.encode([Prompt("red cat")])))
     assert np.array_equal(turns.decode(x).images_NHWC, plain.decode(x).images_NHWC)
 
 

@@ -27,7 +27,7 @@ def test_a_call_without_weights_is_that_of_the_learnt_policy(name: str, tmp_path
     pipeline = build(name)
     pipeline.save_pretrained(tmp_path)
     settings = settings_of(name, tmp_path)
-    found = sizes(settings, ROWS, ROWS, 1)
+    counted = sizes(settings, ROWS, ROWS, 1)
     policy: Any = policy_from_pipeline(pipeline, settings)
     inputs = {key: torch.ones(ROWS, *shape) for key, shape in policy.network.input_shapes.items()}
     for leaf in policy.family.learnt.texts:
@@ -36,17 +36,17 @@ def test_a_call_without_weights_is_that_of_the_learnt_policy(name: str, tmp_path
     x, timestep = torch.zeros(ROWS, *policy.latent_shape), torch.full((ROWS,), 500.0)
     with torch.no_grad(), Watch([]) as watch:
         policy.family.denoise(x, timestep, Condition(inputs))
-    assert found.call_flops == watch.flops // ROWS
-    assert found.latent == torch.Size(policy.latent_shape).numel() and found.decode_flops > 0
-    assert found.trained == sum(p.numel() for p in policy.trainable.values())
-    assert found.frozen == sum(p.numel() for p in policy.denoiser.parameters()) - found.trained
+    assert counted.call_flops == watch.flops // ROWS
+    assert counted.latent == torch.Size(policy.latent_shape).numel() and counted.decode_flops > 0
+    assert counted.trained == sum(p.numel() for p in policy.trainable.values())
+    assert counted.frozen == sum(p.numel() for p in policy.denoiser.parameters()) - counted.trained
 
 
 @pytest.mark.slow
 def test_a_source_takes_part_in_the_call(tmp_path: Path) -> None:
     build("qwen-image-edit-plus").save_pretrained(tmp_path)
-    found = sizes(settings_of("qwen-image-edit-plus", tmp_path), ROWS, ROWS, 1)
-    assert found.latent == 4 * 8 * 8 and found.train_flops > found.call_flops > 0
+    counted = sizes(settings_of("qwen-image-edit-plus", tmp_path), ROWS, ROWS, 1)
+    assert counted.latent == 4 * 8 * 8 and counted.train_flops > counted.call_flops > 0
 
 
 def test_a_pipeline_whose_encoded_texts_are_not_known_is_refused(tmp_path: Path) -> None:

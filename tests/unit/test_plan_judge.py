@@ -61,9 +61,9 @@ def judged(asked: Config, *agreements, counted: Cost = COUNTED, seconds=SECONDS)
 
 
 def verdict(judge: PlanJudge, plan: Plan, select=OVF, probed_steps: frozenset[int] = NOWHERE) -> Verdict:
-    found = judge.verdict(plan, select, probed_steps)
-    assert found is not None
-    return found
+    result = judge.verdict(plan, select, probed_steps)
+    assert result is not None
+    return result
 
 
 def flat(agreement: float | None) -> list[float | None]:
@@ -85,27 +85,27 @@ def test_a_plan_is_judged_after_three_audits():
 
 def test_plan_value_is_signal_a_second_over_that_of_plain_grpo():
     agreement = [0.1 * step for step in range(STEPS)]
-    found = verdict(judged(config(), *[agreement] * 3), FLASH)
+    judgement = verdict(judged(config(), *[agreement] * 3), FLASH)
     simulation = Simulation.of(agreement, [STANDARD] * 3, 24)
     # flash: 24 for six calls, 16 for two, 12 for two; 24 and then 16 are previewed; nine of ten steps are trained
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
     none = 24 * 10 * CALL + 24 * FINISH + 24 * 9 * TRAIN
     expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
-    assert found.plan_value == pytest.approx(expected, rel=1e-12)
-    assert found.plan == FLASH and found.path == [24, 16, 12]
+    assert judgement.plan_value == pytest.approx(expected, rel=1e-12)
+    assert judgement.plan == FLASH and judgement.path == [24, 16, 12]
 
 
 def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
     grpo = ObjectiveSettings(grpo=GRPOSettings(clip_range=1e-3))
     sampling = SamplingSettings(num_inference_steps=STEPS, guidance_scale=3.0, sde_window="first", sde_window_size=2)
     asked = config(sampling=sampling, preview=PreviewSettings(ode_steps=3), objective=grpo)
-    found = verdict(judged(asked, *[flat(0.7)] * 3), FLASH)
+    judgement = verdict(judged(asked, *[flat(0.7)] * 3), FLASH)
     simulation = Simulation.of([0.7] * STEPS, [STANDARD] * 3, 24)
     calls = 2 * (24 * 6 + 16 * 2 + 12 * 2 + 2 * (24 + 16))
     flash = calls * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 2 * TRAIN
     none = 2 * 24 * 10 * CALL + 24 * FINISH + 24 * 2 * TRAIN
     expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
-    assert found.plan_value == pytest.approx(expected, rel=1e-12)
+    assert judgement.plan_value == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_value_of_plain_grpo_is_one():
@@ -221,15 +221,15 @@ SAMPLING_IS_ALL = SECONDS | {"preview": 0.001, "reward": 0.001, "update": 0.001}
 
 
 def test_where_early_previews_are_good_and_cheap_it_prunes_early():
-    found = verdict(judged(config(True), *[flat(0.97)] * 3, seconds=SAMPLING_IS_ALL), FLASH)
-    assert found.plan.prune[0].step == 0 and found.plan.finalists == 12
-    assert found.path[0] == 24 and found.path[-1] == 12
+    chosen = verdict(judged(config(True), *[flat(0.97)] * 3, seconds=SAMPLING_IS_ALL), FLASH)
+    assert chosen.plan.prune[0].step == 0 and chosen.plan.finalists == 12
+    assert chosen.path[0] == 24 and chosen.path[-1] == 12
 
 
 def test_where_previews_become_good_late_it_prunes_no_earlier():
     blind_until_six = [0.0] * 6 + [0.97] * 4
-    found = verdict(judged(config(True), *[blind_until_six] * 3, seconds=SAMPLING_IS_ALL | {"update": 500.0}), FLASH)
-    assert found.plan.prune and found.plan.prune[0].step == 6
+    chosen = verdict(judged(config(True), *[blind_until_six] * 3, seconds=SAMPLING_IS_ALL | {"update": 500.0}), FLASH)
+    assert chosen.plan.prune and chosen.plan.prune[0].step == 6
 
 
 @pytest.mark.parametrize("agreement", [None, 0.0, -0.4])
@@ -240,8 +240,8 @@ def test_where_previews_know_nothing_nobody_goes_while_sampling(agreement, dear)
 
 
 def test_where_training_is_what_costs_it_chooses_by_final_rewards():
-    found = verdict(judged(config(True), *[flat(None)] * 3, seconds=SECONDS | {"update": 20_000.0}), FLASH)
-    assert found.plan == Plan(24, final_keep=12) and found.path == [24, 12]
+    chosen = verdict(judged(config(True), *[flat(None)] * 3, seconds=SECONDS | {"update": 20_000.0}), FLASH)
+    assert chosen.plan == Plan(24, final_keep=12) and chosen.path == [24, 12]
 
 
 @pytest.mark.parametrize("dear", ["sample", "update"])

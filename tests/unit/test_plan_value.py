@@ -55,8 +55,8 @@ def test_of_normal_rewards_v_is_the_closed_form(keep):
     size, rhos = 400, (0.2, 0.5, 0.8, 1.0)
     simulation, tail = simulated(*rhos, group_size=size), NormalDist().inv_cdf(keep / size / 2)
     at_best = 1 - 2 * tail * NormalDist().pdf(tail) / (keep / size)
-    found = [simulation.signal(Plan(size, (PrunePoint(step, keep),)), OVF) / keep for step in range(len(rhos))]
-    assert found == pytest.approx([1 + rho**2 * (at_best - 1) for rho in rhos], rel=0.02)
+    signals = [simulation.signal(Plan(size, (PrunePoint(step, keep),)), OVF) / keep for step in range(len(rhos))]
+    assert signals == pytest.approx([1 + rho**2 * (at_best - 1) for rho in rhos], rel=0.02)
 
 
 @pytest.mark.parametrize(("passed", "keep"), [(12, 12), (6, 12), (3, 12), (18, 8), (1, 6)])
@@ -183,10 +183,10 @@ def test_one_simulation_is_not_far_from_many():
 def test_previews_and_rewards_correlate_as_they_were_measured():
     simulation = simulated(0.5, 0.8)
     seen = simulation.previews_PGT1.reshape(-1, 3)
-    found = torch.corrcoef(seen.T)
-    assert found[0, 2].item() == pytest.approx(0.5, abs=0.03)
-    assert found[1, 2].item() == pytest.approx(0.8, abs=0.03)
-    assert found[0, 1].item() == pytest.approx(0.5 / 0.8, abs=0.03)
+    correlations = torch.corrcoef(seen.T)
+    assert correlations[0, 2].item() == pytest.approx(0.5, abs=0.03)
+    assert correlations[1, 2].item() == pytest.approx(0.8, abs=0.03)
+    assert correlations[0, 1].item() == pytest.approx(0.5 / 0.8, abs=0.03)
     assert seen[:, 2].std().item() == pytest.approx(1, abs=0.03)
 
 
@@ -261,8 +261,8 @@ def test_what_plans_share_takes_little_memory():
 def test_where_nothing_is_known_scores_are_draws_and_not_ties():
     seen = simulated(0.0, 0.0, 0.8).previews_PGT1
     assert all(len(group.unique()) == len(group) for step in (0, 1) for group in seen[:, :, step])
-    found = torch.corrcoef(seen.reshape(-1, 4).T)
-    assert found[:2, 2:].abs().max() < 0.05 and found[0, 1].abs() < 0.05
+    correlations = torch.corrcoef(seen.reshape(-1, 4).T)
+    assert correlations[:2, 2:].abs().max() < 0.05 and correlations[0, 1].abs() < 0.05
 
 
 def test_the_same_draws_serve_every_simulation():
@@ -275,21 +275,21 @@ def test_the_same_draws_serve_every_simulation():
 
 @pytest.mark.parametrize(("group", "least", "steps"), [(24, 12, 10), (48, 12, 10), (8, 2, 4), (5, 4, 3), (4, 3, 2)])
 def test_plans_can_be_run_are_distinct_and_keep_enough(group, least, steps):
-    found = list(plans(group, least, steps))
-    for plan in found:
+    searched = list(plans(group, least, steps))
+    for plan in searched:
         plan.validate(steps)
         assert plan.group_size == group and plan.survivors >= least
         assert plan.active_points() == plan.prune and len(plan.prune) <= 2
-    assert len(set(found)) == len(found)
-    assert Plan(group) in found  # nobody goes
-    assert Plan(group, final_keep=least) in found  # nobody goes while sampling
-    assert all(Plan(group, (PrunePoint(step, least),)) in found for step in range(steps - 1))
+    assert len(set(searched)) == len(searched)
+    assert Plan(group) in searched  # nobody goes
+    assert Plan(group, final_keep=least) in searched  # nobody goes while sampling
+    assert all(Plan(group, (PrunePoint(step, least),)) in searched for step in range(steps - 1))
 
 
 def test_plans_prune_twice_and_then_by_final_rewards():
-    found = set(plans(24, 12, 10))
-    assert Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))) in found
-    assert Plan(24, (PrunePoint(0, 20), PrunePoint(8, 16)), final_keep=12) in found
+    searched = set(plans(24, 12, 10))
+    assert Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))) in searched
+    assert Plan(24, (PrunePoint(0, 20), PrunePoint(8, 16)), final_keep=12) in searched
 
 
 def test_a_group_that_must_stay_whole_has_one_plan():

@@ -24,8 +24,8 @@ def wide(value):
     return value.reshape(-1, 1, 1, 1)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(params=[ROWS, ONE], ids=["a level each", "one for all"])
@@ -115,8 +115,8 @@ def test_predictions_of_a_diffusion_model_take_equal_steps(where):
     eps = (x - wide(at.alpha) * x0) / wide(at.sigma)
     steps = [PREDICTIONS[name].step(x, PREDICTIONS[name].target(x0, eps, at), at, after) for name in OF_DIFFUSION]
     expected = after.alpha * x0 + after.sigma * eps
-    for found in steps:
-        close(found, expected)
+    for x_next in steps:
+        close(x_next, expected)
 
 
 @pytest.mark.parametrize("name", OF_DIFFUSION)

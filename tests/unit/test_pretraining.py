@@ -171,8 +171,8 @@ def test_learning_rate_warms_up_stays_and_falls(steps, decay_fraction, tmp_path)
     train_stage("stage", module, loss_of, **options, out=tmp_path, minutes_between_checkpoints=1e9, log=lambda _: None)
     path.append(load_state(tmp_path / "stage")["module"]["weight"].item())
     rates = [(a - b) / (1 + 0.01 * a) for a, b in pairwise(path)]
-    wanted = [1e-2 * min(1, (t + 1) / 100, (steps - t) / (decay_fraction * steps)) for t in range(steps)]
-    assert rates == pytest.approx(wanted, rel=1e-5)
+    expected = [1e-2 * min(1, (t + 1) / 100, (steps - t) / (decay_fraction * steps)) for t in range(steps)]
+    assert rates == pytest.approx(expected, rel=1e-5)
 
 
 # --- averages ---------------------------------------------------------------------------------------------------------
@@ -181,14 +181,14 @@ def test_learning_rate_warms_up_stays_and_falls(steps, decay_fraction, tmp_path)
 def test_ema_is_slow_to_remember_at_first():
     """decay_n = min(decay, (1+n)/(10+n)): the closed form over a path, in float64."""
     p = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    ema, wanted = Ema([p], decay=0.5), 0.0
+    ema, expected = Ema([p], decay=0.5), 0.0
     for n in range(1, 30):
         with torch.no_grad():
             p.fill_(float(n * n))
         ema.update([p])
         decay = min(0.5, (1 + n) / (10 + n))
-        wanted = decay * wanted + (1 - decay) * n * n
-        torch.testing.assert_close(ema.shadow[0], torch.full((2,), wanted, dtype=torch.float64))
+        expected = decay * expected + (1 - decay) * n * n
+        torch.testing.assert_close(ema.shadow[0], torch.full((2,), expected, dtype=torch.float64))
     assert ema.updates == 29
     assert p[0] == 29 * 29
 

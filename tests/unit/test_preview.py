@@ -46,9 +46,9 @@ def flow(guidance_scale: float = 1.0, microbatch: int = 2) -> Sampling:
 def called(policy: Any, sampling: Sampling, step: int) -> Trajectories:
     """Trajectories in float64 between the network call of a step and the step."""
     x = torch.randn(ROWS, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    told = CONDITION.take(GROUPS)
+    condition = CONDITION.take(GROUPS)
     with torch.no_grad():
-        output = policy.predict(x, sampling.process.timestep(step, x), told, sampling.guidance_scale)
+        output = policy.predict(x, sampling.process.timestep(step, x), condition, sampling.guidance_scale)
     return Trajectories(GROUPS, GROUPS, torch.arange(ROWS), x, output)
 
 
@@ -56,9 +56,9 @@ def seen(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each network call from now on."""
     rows, predict = [], policy.predict
 
-    def watched(x: torch.Tensor, *told: Any) -> torch.Tensor:
+    def watched(x: torch.Tensor, *args: Any) -> torch.Tensor:
         rows.append(len(x))
-        return predict(x, *told)
+        return predict(x, *args)
 
     monkeypatch.setattr(policy, "predict", watched)
     return rows
@@ -113,16 +113,16 @@ def test_several_steps_are_eulers_on_equal_parts_of_the_grid_that_is_left(
 
 
 def test_the_network_is_told_the_level_between_steps(linear_policy, monkeypatch):
-    sampling, told = flow(microbatch=64), []
+    sampling, timesteps = flow(microbatch=64), []
     batch, predict = called(linear_policy, sampling, 0), linear_policy.predict
 
     def watched(x: torch.Tensor, timestep: torch.Tensor, *more: Any) -> torch.Tensor:
-        told.append(timestep.item())
+        timesteps.append(timestep.item())
         return predict(x, timestep, *more)
 
     monkeypatch.setattr(linear_policy, "predict", watched)
     projected(Denoiser(linear_policy, CONDITION, sampling), batch, 0, 2, Meter())
-    assert told == pytest.approx([650])
+    assert timesteps == pytest.approx([650])
 
 
 def test_very_many_steps_reach_the_end_of_the_ode(linear_policy):
@@ -184,26 +184,26 @@ def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_pol
     assert meter.cost == Cost(nfe=(len(timesteps) - 1) * ROWS)
 
 
-def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy, told):
+def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy, prompts_of):
     policy, key = tiny_policy(moved=0.1, folder=family), NoiseKey(5, 2)
     process = Process(policy.prediction, SAMPLERS["ddim"], policy.levels(4), (0.0,) * 4)
     sampling, condition = (
         Sampling(process, SamplingSettings(microbatch=4)),
-        policy.encode(told(*(p.text for p in PROMPTS))),
+        policy.encode(prompts_of(*(p.text for p in PROMPTS))),
     )
-    batch, found = expand(policy, torch.tensor([0, 1]), 2, sampling, key), []
+    batch, previews = expand(policy, torch.tensor([0, 1]), 2, sampling, key), []
 
     def watch(step: int, living: Trajectories) -> Trajectories:
-        found.append(projected(Denoiser(policy, condition, sampling), living, step, 4 - step, Meter()))
+        previews.append(projected(Denoiser(policy, condition, sampling), living, step, 4 - step, Meter()))
         return living
 
     end = denoise(Denoiser(policy, condition, sampling), batch, key, Meter(), watch).x_NCHW
     if policy.prediction == "flow":
-        assert all(torch.equal(x0, end) for x0 in found)
+        assert all(torch.equal(x0, end) for x0 in previews)
         return
     # a diffusion model's previews end in clean data, its grid just before it
-    for x0 in found:
-        torch.testing.assert_close(x0, found[-1], rtol=1e-4, atol=1e-3 * found[-1].abs().max().item())
+    for x0 in previews:
+        torch.testing.assert_close(x0, previews[-1], rtol=1e-4, atol=1e-3 * previews[-1].abs().max().item())
 
 
 # --- who is asked -----------------------------------------------------------------------------------------------------
@@ -224,8 +224,8 @@ def trusted_at(steps: int, *good: int, shape: tuple[int, ...] = (1, 2, 2), text:
     """A probe of latents and texts of these shapes that was right at the steps named alone."""
     generator = torch.Generator().manual_seed(0)
     probe, rewards = Probe(steps), torch.arange(3.0)
-    seen, told = (torch.randn(*size, generator=generator).half() for size in ((steps, 3, *shape), text))
-    probe.learn([ProbeExample(seen, told, rewards, rewards.expand(steps, -1))])
+    seen, embeds = (torch.randn(*size, generator=generator).half() for size in ((steps, 3, *shape), text))
+    probe.learn([ProbeExample(seen, embeds, rewards, rewards.expand(steps, -1))])
     for _ in range(3):
         probe.watch([0.9 if step in good else 0.1 for step in range(steps)])
     return probe
@@ -234,12 +234,13 @@ def trusted_at(steps: int, *good: int, shape: tuple[int, ...] = (1, 2, 2), text:
 def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     sampling, meter, reward = flow(), Meter(), Counted()
     features = tuple(torch.randn(ROWS, 1, 2, 2, generator=torch.Generator().manual_seed(s)).half() for s in range(2))
-    batch, told = replace(called(linear_policy, sampling, 1), latent_features=features), torch.ones(len(PROMPTS), 1, 1)
-    probe, condition = trusted_at(3, 1), Condition({**CONDITION.tensors, "prompt_embeds": told})
+    batch = replace(called(linear_policy, sampling, 1), latent_features=features)
+    embeds = torch.ones(len(PROMPTS), 1, 1)
+    probe, condition = trusted_at(3, 1), Condition({**CONDITION.tensors, "prompt_embeds": embeds})
     settings = PreviewSettings(ode_steps=3)  # a linear policy has no decoder, and further steps would be counted
     sampler = Sampler(linear_policy, mixture_of_one(reward), sampling, preview_settings=settings, probe=probe)
     pictures, scores = preview(sampler, PROMPTS, condition, batch, 1, meter)
-    right, wrong = (probe.score(step, features[step], told, batch.group_N) for step in (1, 0))
+    right, wrong = (probe.score(step, features[step], embeds, batch.group_N) for step in (1, 0))
     assert torch.equal(scores, right) and not torch.equal(scores, wrong)
     assert pictures is None and meter.cost == Cost(probed=ROWS) and reward.shown == []
     assert set(meter.seconds) == {"preview"}
@@ -252,17 +253,17 @@ def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
     settings, probe, key = PreviewSettings(ode_steps=2), trusted_at(3, 1), NoiseKey(0, 0)
     sampler = Sampler(policy, mixture_of_one(reward), sampling, preview_settings=settings, probe=probe)
     batch = expand(policy, torch.tensor([0, 1]), 2, sampling, key)
-    found = []
+    scores = []
 
     def watch(step: int, living: Trajectories) -> Trajectories:
         if step == 0:
-            found.append(preview(sampler, PROMPTS, condition, living, 0, meter)[1])
+            scores.append(preview(sampler, PROMPTS, condition, living, 0, meter)[1])
             x0 = projected(Denoiser(policy, condition, sampling), living, 0, 2, Meter())
-            found.append(torch.tensor([p.float().mean() for p in policy.decode(x0).images_NHWC], dtype=torch.float64))
+            scores.append(torch.tensor([p.float().mean() for p in policy.decode(x0).images_NHWC], dtype=torch.float64))
         return living
 
     denoise(Denoiser(policy, condition, sampling), batch, key, Meter(), watch)
-    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(scores[0], scores[1])
     assert meter.cost == Cost(nfe=4, decodes=4, reward_calls=4, previews=4) and reward.shown == [4]
 
 
@@ -277,9 +278,9 @@ def test_the_steps_that_are_probed_are_those_that_reach_the_threshold(linear_pol
 
 def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_policy):
     policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
-    told = text_features(policy.encode(PROMPTS)).shape[1:]
+    text_shape = text_features(policy.encode(PROMPTS)).shape[1:]
     probe = trusted_at(
-        4, 2, shape=tuple(latent_features(torch.zeros(1, *policy.latent_shape)).shape[1:]), text=tuple(told)
+        4, 2, shape=tuple(latent_features(torch.zeros(1, *policy.latent_shape)).shape[1:]), text=tuple(text_shape)
     )
     process = Process(policy.prediction, SAMPLERS["flow_grpo"], policy.levels(4), (0.7,) * 4)
     record = Record(frozenset({0, 1}), latent_features=True)

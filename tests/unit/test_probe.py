@@ -25,15 +25,17 @@ def drawn(groups: int, seed: int = 0, members: int = GROUP) -> list[ProbeExample
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    found = []
+    examples = []
     for _ in range(groups):
-        latents, wanted = draw(members, CHANNELS, SIDE, SIDE) + 2 * draw(members, CHANNELS, 1, 1), draw(1).sign()
+        latents, direction = draw(members, CHANNELS, SIDE, SIDE) + 2 * draw(members, CHANNELS, 1, 1), draw(1).sign()
         text = draw(TOKENS, 2)
-        text[:, 1] = wanted
+        text[:, 1] = direction
         seen = torch.stack([draw(*latents.shape), 5 + 3 * latents]).half()
-        rewards = (wanted * latents[:, 0].mean((1, 2)) + 3 * draw(1)).double()
-        found.append(ProbeExample(seen, text.half(), rewards, torch.full((STEPS, members), NAN, dtype=torch.float64)))
-    return found
+        rewards = (direction * latents[:, 0].mean((1, 2)) + 3 * draw(1)).double()
+        examples.append(
+            ProbeExample(seen, text.half(), rewards, torch.full((STEPS, members), NAN, dtype=torch.float64))
+        )
+    return examples
 
 
 def learnt(*parts: list[ProbeExample], seed: int = 0) -> Probe:
@@ -69,17 +71,19 @@ def test_of_a_video_the_mean_frame_is_seen():
 
 @pytest.mark.parametrize("width", [3, 128, 129, 700])
 def test_wide_texts_are_narrowed_by_the_same_matrix_every_time(width):
-    told = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0))
-    found = text_features(Condition({"prompt_embeds": told}))
-    assert found.shape == (2, 4, min(width, 128)) and found.dtype == torch.float16
-    assert torch.equal(found, text_features(Condition({"prompt_embeds": told})))
+    embeds = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0))
+    features = text_features(Condition({"prompt_embeds": embeds}))
+    assert features.shape == (2, 4, min(width, 128)) and features.dtype == torch.float16
+    assert torch.equal(features, text_features(Condition({"prompt_embeds": embeds})))
     if width <= 128:
-        assert torch.equal(found, told.half())
+        assert torch.equal(features, embeds.half())
     else:  # lengths and angles stay as far as so many numbers can keep them
         pairs = [
-            (found[0, i].float() @ found[1, j].float(), told[0, i] @ told[1, j]) for i in range(4) for j in range(4)
+            (features[0, i].float() @ features[1, j].float(), embeds[0, i] @ embeds[1, j])
+            for i in range(4)
+            for j in range(4)
         ]
-        lengths = [(found[0, i].float().norm() ** 2, told[0, i].norm() ** 2) for i in range(4)]
+        lengths = [(features[0, i].float().norm() ** 2, embeds[0, i].norm() ** 2) for i in range(4)]
         narrowed, whole = torch.tensor(pairs + lengths).T
         assert torch.corrcoef(torch.stack([narrowed, whole]))[0, 1] > 0.8
 
@@ -87,17 +91,18 @@ def test_wide_texts_are_narrowed_by_the_same_matrix_every_time(width):
 def test_a_lesson_is_what_was_seen_of_one_group():
     group, slot = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([7, 7, 5, 5, 5])
     features = tuple(torch.randn(5, CHANNELS, SIDE, SIDE).half() for _ in range(STEPS))
-    told, rewards = torch.randn(3, TOKENS, 2), torch.arange(5.0, dtype=torch.float64)
+    embeds, rewards = torch.randn(3, TOKENS, 2), torch.arange(5.0, dtype=torch.float64)
     finished = Trajectories(
         group, slot, torch.arange(5), torch.zeros(5, CHANNELS, SIDE, SIDE), latent_features=features
     )
     previews = torch.arange(10.0, dtype=torch.float64).view(STEPS, 5)
-    by_slot = probe_examples(finished, Condition({"prompt_embeds": told}), rewards, previews)
+    by_slot = probe_examples(finished, Condition({"prompt_embeds": embeds}), rewards, previews)
     first, second = by_slot[7], by_slot[5]
-    assert torch.equal(second.features_TNCHW, torch.stack(features)[:, 2:]) and torch.equal(second.text, told[2].half())
+    assert torch.equal(second.features_TNCHW, torch.stack(features)[:, 2:])
+    assert torch.equal(second.text, embeds[2].half())
     assert second.rewards_N.tolist() == [2, 3, 4] and second.previews_TN.tolist() == [[2, 3, 4], [7, 8, 9]]
-    assert torch.equal(first.text, told[0].half()) and first.rewards_N.tolist() == [0, 1]
-    alone = probe_examples(finished, Condition({"prompt_embeds": told}), rewards)
+    assert torch.equal(first.text, embeds[0].half()) and first.rewards_N.tolist() == [0, 1]
+    alone = probe_examples(finished, Condition({"prompt_embeds": embeds}), rewards)
     assert all(lesson.previews_TN.isnan().all() for lesson in alone.values()) and alone.keys() == {5, 7}
     blind = Trajectories(group, group, torch.arange(5), finished.x_NCHW)
     assert probe_examples(blind, Condition({}), rewards) == {}
@@ -108,10 +113,12 @@ def test_a_lesson_is_what_was_seen_of_one_group():
 
 def test_it_ranks_groups_that_it_has_not_seen_as_their_texts_ask():
     probe, fresh = learnt(*(drawn(4, seed) for seed in range(60))), drawn(12, seed=1000)
-    found = {step: scores(probe, fresh, step).view(12, GROUP).numpy() for step in range(STEPS)}
+    predicted = {step: scores(probe, fresh, step).view(12, GROUP).numpy() for step in range(STEPS)}
     truth = [lesson.rewards_N.numpy() for lesson in fresh]
-    told, blind = (np.mean([spearman(s, t) or 0.0 for s, t in zip(found[step], truth, strict=True)]) for step in (1, 0))
-    assert told > 0.9 and abs(blind) < 0.4  # the first step knows nothing of the reward
+    informed, blind = (
+        np.mean([spearman(s, t) or 0.0 for s, t in zip(predicted[step], truth, strict=True)]) for step in (1, 0)
+    )
+    assert informed > 0.9 and abs(blind) < 0.4  # the first step knows nothing of the reward
     swapped = [
         ProbeExample(a.features_TNCHW, (a.text * torch.tensor([1, -1])).half(), a.rewards_N, a.previews_TN)
         for a in fresh
@@ -157,12 +164,12 @@ def test_means_are_of_those_that_are_there():
     generator = torch.Generator().manual_seed(0)
     values, group = torch.randn(9, 2, generator=generator), torch.tensor([0, 0, 1, 1, 1, 3, 3, 3, 3])
     there = torch.rand(9, 2, generator=generator) > 0.4
-    found = module._centred(values, group, there)
+    centred = module._centred(values, group, there)
     for k in range(2):
         for g in (0, 1, 3):
             own = (group == g) & there[:, k]
             mean = values[own, k].sum() / max(1, int(own.sum()))
-            torch.testing.assert_close(found[group == g, k], values[group == g, k] - mean)
+            torch.testing.assert_close(centred[group == g, k], values[group == g, k] - mean)
 
 
 def test_a_missing_reward_is_no_number():
@@ -192,14 +199,14 @@ def test_the_latest_groups_are_kept(monkeypatch):
     state = learnt(*parts).state_dict()["learnt"]
     assert state is not None
     kept = state["lessons"]
-    wanted = [parts[1][1], *parts[2]]
-    assert all(torch.equal(k["seen_TNCHW"], w.features_TNCHW) for k, w in zip(kept, wanted, strict=True))
+    latest = [parts[1][1], *parts[2]]
+    assert all(torch.equal(k["seen_TNCHW"], w.features_TNCHW) for k, w in zip(kept, latest, strict=True))
 
 
 def test_it_is_a_function_of_its_seed_and_what_it_was_taught_and_draws_from_nobody_else():
     state, fresh = torch.get_rng_state(), drawn(2, seed=9)
-    found = [scores(learnt(drawn(4), drawn(4, 1), seed=seed), fresh) for seed in (0, 0, 1)]
-    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+    predicted = [scores(learnt(drawn(4), drawn(4, 1), seed=seed), fresh) for seed in (0, 0, 1)]
+    assert torch.equal(predicted[0], predicted[1]) and not torch.allclose(predicted[0], predicted[2])
     assert torch.equal(torch.get_rng_state(), state)
 
 

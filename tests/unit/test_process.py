@@ -206,9 +206,9 @@ def test_a_step_for_all_or_the_same_for_each_row_agree_bitwise(name, sampler):
 def test_steps_are_computed_in_the_dtype_of_x(name, sampler, dtype, of_levels):
     (x, output), process = draws(dtype), process_of(name, sampler, dtype=of_levels)
     for step in (4, torch.tensor([4, 4, 4])):
-        found = [*process.mean_std(step, x, output), process.deterministic(step, x, output)]
-        found += [process.x0(step, x, output), process.timestep(step, x)]
-        assert {value.dtype for value in found} == {dtype}
+        values = [*process.mean_std(step, x, output), process.deterministic(step, x, output)]
+        values += [process.x0(step, x, output), process.timestep(step, x)]
+        assert {value.dtype for value in values} == {dtype}
 
 
 @pytest.mark.parametrize("sampler", SDE)

@@ -57,8 +57,8 @@ def test_brute_force(source, size):
     for keep in range(1, size + 1):
         for scores, indices in zip(scores_PG.tolist(), best_subset(scores_PG, keep).tolist(), strict=True):
             assert indices == sorted(set(indices))
-            found, best = variance([scores[i] for i in indices]), best_variance(scores, keep)
-            assert found >= best * (1 - Fraction(1, 10**12)), (scores, keep, indices)
+            chosen, best = variance([scores[i] for i in indices]), best_variance(scores, keep)
+            assert chosen >= best * (1 - Fraction(1, 10**12)), (scores, keep, indices)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 26.3, -1e12])
@@ -97,10 +97,10 @@ def test_float32_rewards_far_from_zero_need_centring():
     splits = torch.stack(
         [torch.cat([ordered[:, :i], ordered[:, 12 + i :]], 1).var(1, correction=0) for i in range(13)], dim=1
     )
-    found = scores_PG.double().gather(1, indices_PK).var(1, correction=0)
-    torch.testing.assert_close(found, splits.amax(1), rtol=1e-11, atol=0)
+    variances = scores_PG.double().gather(1, indices_PK).var(1, correction=0)
+    torch.testing.assert_close(variances, splits.amax(1), rtol=1e-11, atol=0)
     naive = splits.gather(1, naive_float32_lows(scores_PG, 12)[:, None])[:, 0]
-    assert (naive < found * (1 - 1e-6)).float().mean() > 0.5
+    assert (naive < variances * (1 - 1e-6)).float().mean() > 0.5
 
 
 def test_ovf_of_a_group_with_missing_scores_is_ovf_of_the_others():

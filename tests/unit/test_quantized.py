@@ -70,21 +70,21 @@ class Made(TorchDispatchMode):
         self.shape, self.dtypes = shape, set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and found.shape == self.shape:
-            self.dtypes.add(found.dtype)
-        return found
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self.shape:
+            self.dtypes.add(result.dtype)
+        return result
 
 
 def test_autocast_decides_on_the_dtype_and_nothing_is_wider(linear, x):
     layer, low = Int8Linear(linear.bfloat16()), torch.bfloat16
     with torch.autocast("cpu", low), Made((32, 48)) as made:
-        found = layer(x)
+        actual = layer(x)
     with torch.autocast("cpu", low):
         plain = linear(x)
-    assert found.dtype == plain.dtype == low and made.dtypes <= {low, torch.int8}
+    assert actual.dtype == plain.dtype == low and made.dtypes <= {low, torch.int8}
     expected = nn.functional.linear(x.to(low), wide(layer).to(low), linear.bias)
-    assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
+    assert (actual - expected).abs().max() <= 0.01 * expected.abs().max()
 
 
 def test_no_graph_holds_a_wide_weight(linear, x):
@@ -127,15 +127,15 @@ def in_blocks(policy: Any) -> list[str]:
     return [name for name, module in policy.denoiser.named_modules() if isinstance(module, Int8Linear)]
 
 
-def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(loaded, told, tmp_path):
-    prompts = told("red cat", "blue dog")
+def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(loaded, prompts_of, tmp_path):
+    prompts = prompts_of("red cat", "blue dog")
     whole, lean = loaded(), loaded(quantize="int8")
     assert len(in_blocks(lean)) > 5 and not in_blocks(whole)
     assert [n for n, t in lean.frozen() if t.dtype == torch.int8] == [f"{n}.weight" for n in in_blocks(lean)]
     assert all(torch.equal(p, whole.trainable[name]) for name, p in lean.trainable.items())
     with torch.no_grad():
-        found, expected = output(lean, prompts), output(whole, prompts)
-    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+        quantized, expected = output(lean, prompts), output(whole, prompts)
+    assert 0 < (quantized - expected).norm() < 0.05 * expected.norm()
     output(lean, prompts).square().mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in lean.trainable.values())
     lean.save(tmp_path / "lora")
@@ -144,7 +144,7 @@ def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(l
         assert torch.equal(output(taken, prompts), expected)
     again = loaded(lora=str(tmp_path / "lora"), quantize="int8")
     with torch.no_grad():
-        assert torch.equal(output(again, prompts), found)
+        assert torch.equal(output(again, prompts), quantized)
 
 
 def encoders_of(policy: Any) -> list[Any]:
@@ -152,7 +152,7 @@ def encoders_of(policy: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux2_klein", "tiny_wan", "tiny_qwen_image"])
-def test_text_encoders_in_8_bits_are_half_as_large_and_say_nearly_the_same(request, model, told):
+def test_text_encoders_in_8_bits_are_half_as_large_and_say_nearly_the_same(request, model, prompts_of):
     folder = request.getfixturevalue(model)
     settings = replace(SETTINGS, frames=3 if model == "tiny_wan" else None, path=str(folder), keep_text_encoders=True)
     whole, lean = (load_policy(replace(settings, text_quantize=name)) for name in ("none", "int8"))
@@ -160,7 +160,7 @@ def test_text_encoders_in_8_bits_are_half_as_large_and_say_nearly_the_same(reque
     for encoder in encoders_of(lean):
         kinds = {type(m) for name, m in encoder.named_modules() if ".0." in name and isinstance(m, nn.Linear)}
         assert kinds == {Int8Linear}
-    one, other = (policy.encode(told("red cat", "blue dog")).tensors for policy in (whole, lean))
+    one, other = (policy.encode(prompts_of("red cat", "blue dog")).tensors for policy in (whole, lean))
     for name, embedding in one.items():
         if embedding.is_floating_point():
             off = (other[name] - embedding).norm() / embedding.norm()
@@ -186,12 +186,12 @@ def test_a_saved_lora_gives_diffusers_the_pictures_of_the_unquantised_model(tiny
     policy.save(tmp_path)
     pipeline = tiny_pipeline(tiny_sd3)
     pipeline.load_lora_weights(tmp_path, local_files_only=True)
-    told = policy.encode([Prompt("red cat")]).tensors
+    embeds = policy.encode([Prompt("red cat")]).tensors
     x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         one = policy.predict(x, torch.tensor(500.0), policy.encode([Prompt("red cat")]))
         other = pipeline.transformer(
-            x, told["prompt_embeds"], told["pooled_prompt_embeds"], torch.tensor([500.0]), return_dict=False
+            x, embeds["prompt_embeds"], embeds["pooled_prompt_embeds"], torch.tensor([500.0]), return_dict=False
         )[0]
     assert 0 < (one - other).norm() < 0.05 * other.norm()
 

@@ -83,8 +83,8 @@ def test_lean_recipes_learn_the_same_of_fewer_prompts(name):
 def test_z_image_fits_on_a_card_of_16_gb():
     """As calculated, the reward included; without the 8 bits its update alone is larger."""
     config = load_recipe("z-image-pickscore")
-    found = estimate(config, "rtx5080", 0.35, 1)
-    assert found["fits"] and found["device_gb"] == 16 and "rewards_not_counted" not in found
+    estimated = estimate(config, "rtx5080", 0.35, 1)
+    assert estimated["fits"] and estimated["device_gb"] == 16 and "rewards_not_counted" not in estimated
     plain = replace(config, model=replace(config.model, quantize="none"))
     assert estimate(plain, "rtx5080", 0.35, 1)["peak_gb"]["update"] > 16
 

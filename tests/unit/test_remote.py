@@ -110,9 +110,9 @@ def test_source_pictures_reach_a_reward_elsewhere(tmp_path):
     sources = [Image.fromarray(PICTURES[0]), str(tmp_path / "source.png"), None, Image.fromarray(PICTURES[9])]
     prompts = [Prompt(f"{i}", {"image": source}) for i, source in enumerate(sources)]
     with served(FunctionReward(likeness), batch_size=4) as reward:
-        found = values(reward.score(PICTURES[:4], prompts))
-    assert found == values(FunctionReward(likeness).score(PICTURES[:4], prompts))
-    assert found[:3] == [0.0, 0.0, -1.0] and found[3] not in (0.0, -1.0)
+        scores = values(reward.score(PICTURES[:4], prompts))
+    assert scores == values(FunctionReward(likeness).score(PICTURES[:4], prompts))
+    assert scores[:3] == [0.0, 0.0, -1.0] and scores[3] not in (0.0, -1.0)
 
 
 def test_scores_of_a_built_in_reward_are_those_of_here():
@@ -150,9 +150,9 @@ def test_the_servers_word_on_a_picture_is_passed_on_and_the_others_keep_their_sc
             return [Score(s.value, True, "doubtful") for s in super().score(pictures_NHWC, prompts)]
 
     with served(Bad(), batch_size=4) as reward:
-        found = reward.score(PICTURES, PROMPTS)
+        scores = reward.score(PICTURES, PROMPTS)
     missing = Score(None, error="ZeroDivisionError: of my own making")
-    assert found == [missing if i in (3, 7) else Score(SUMS[i], True, "doubtful") for i in range(10)]
+    assert scores == [missing if i in (3, 7) else Score(SUMS[i], True, "doubtful") for i in range(10)]
 
 
 def test_at_most_four_requests_at_once():
@@ -179,13 +179,16 @@ def test_many_may_ask_at_once_and_the_server_is_met_once():
 
     answers = Faulty()
     reward = asks(server, batch_size=2)
-    found: list[list[float | None]] = []
-    threads = [threading.Thread(target=lambda: found.append(values(reward.score(PICTURES, PROMPTS)))) for _ in range(5)]
+    values_by_thread: list[list[float | None]] = []
+    threads = [
+        threading.Thread(target=lambda: values_by_thread.append(values(reward.score(PICTURES, PROMPTS))))
+        for _ in range(5)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert found == [SUMS] * 5 and len(meetings) == 1
+    assert values_by_thread == [SUMS] * 5 and len(meetings) == 1
 
 
 def drips() -> Iterator[bytes]:
@@ -278,9 +281,9 @@ def test_trouble_that_stays_costs_the_pictures_of_its_request_alone():
     def fault(number: int, items: list[dict[str, Any]]) -> Answer:
         return httpx2.Response(500, json={"detail": "no memory\nleft"}) if items[0]["prompt"] == "4" else None
 
-    found = asks(Faulty(fault), batch_size=4, patience=0.1).score(PICTURES, PROMPTS)
-    assert values(found) == [None if 4 <= i < 8 else SUMS[i] for i in range(10)]
-    assert found[4].error == "reward server at http://server:8000: 500 no memory left" and found[0].error is None
+    scores = asks(Faulty(fault), batch_size=4, patience=0.1).score(PICTURES, PROMPTS)
+    assert values(scores) == [None if 4 <= i < 8 else SUMS[i] for i in range(10)]
+    assert scores[4].error == "reward server at http://server:8000: 500 no memory left" and scores[0].error is None
 
 
 def test_trouble_that_stays_is_given_up_while_others_are_answered(monkeypatch):
@@ -295,8 +298,8 @@ def test_trouble_that_stays_is_given_up_while_others_are_answered(monkeypatch):
         return None
 
     many = np.tile(PICTURES, (3, 1, 1, 1))
-    found = asks(Faulty(fault), batch_size=1, patience=0.1).score(many, [Prompt(f"{i}") for i in range(30)])
-    assert values(found) == [None, *SUMS[1:], *SUMS, *SUMS]
+    scores = asks(Faulty(fault), batch_size=1, patience=0.1).score(many, [Prompt(f"{i}") for i in range(30)])
+    assert values(scores) == [None, *SUMS[1:], *SUMS, *SUMS]
     assert times[-1] - times[0] < 0.3  # the others took 0.5 s
 
 
@@ -304,9 +307,9 @@ def test_a_server_that_dies_costs_all_pictures_but_no_more_time_than_one_request
     server, many = Faulty(lambda number, items: httpx2.ConnectError("connection refused")), [Prompt("a")] * 60
     reward = asks(server, batch_size=1, patience=0.2)
     start = time.monotonic()
-    found = reward.score(np.tile(PICTURES, (6, 1, 1, 1)), many)
+    scores = reward.score(np.tile(PICTURES, (6, 1, 1, 1)), many)
     assert 0.05 < time.monotonic() - start < 0.7  # and not 15 times as long
-    assert {s.error for s in found} == {"reward server at http://server:8000: ConnectError: connection refused"}
+    assert {s.error for s in scores} == {"reward server at http://server:8000: ConnectError: connection refused"}
     server.fault = lambda number, items: None
     assert values(reward.score(PICTURES, PROMPTS)) == SUMS
 
@@ -355,14 +358,14 @@ def test_a_wait_beyond_its_patience_is_not_begun():
 
 def test_closing_ends_the_wait():
     reward = asks(Faulty(lambda number, items: text(503, **{"Retry-After": "15"})))
-    found: list[Score] = []
-    asking = threading.Thread(target=lambda: found.extend(reward.score(PICTURES, PROMPTS)))
+    scores: list[Score] = []
+    asking = threading.Thread(target=lambda: scores.extend(reward.score(PICTURES, PROMPTS)))
     asking.start()
     time.sleep(0.1)
     start = time.monotonic()
     reward.close()
     asking.join(5)
-    assert time.monotonic() - start < 4 and not asking.is_alive() and values(found) == [None] * 10
+    assert time.monotonic() - start < 4 and not asking.is_alive() and values(scores) == [None] * 10
     assert reward._client.is_closed
 
 
@@ -378,18 +381,18 @@ def refused(server: Callable[[httpx2.Request], httpx2.Response], prompts: Sequen
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 302])
 def test_what_asking_again_cannot_mend_is_refused_with_the_servers_sentence(status):
-    told = httpx2.Response(status, json={"detail": "because\nof this"})
-    server = Faulty(lambda number, items: told)
+    response = httpx2.Response(status, json={"detail": "because\nof this"})
+    server = Faulty(lambda number, items: response)
     assert refused(server) == f"reward 'sum': the server at http://server:8000 says {status} because of this"
     assert len(server.asked) <= 3
     server = Faulty()
-    server.health = [told]
+    server.health = [response]
     assert f"says {status} because of this" in refused(server) and not server.asked
 
 
-def health(**told: Any) -> Faulty:
+def health(**fields: Any) -> Faulty:
     server = Faulty()
-    server.health = [httpx2.Response(200, json=told)]
+    server.health = [httpx2.Response(200, json=fields)]
     return server
 
 
@@ -413,8 +416,8 @@ def test_a_server_of_something_else_is_refused_before_any_picture_is_sent():
 def test_no_server_is_refused_with_the_command_that_starts_one():
     server = Faulty()
     server.health = [httpx2.ConnectError("connection refused")] * 1000
-    told = refused(server)
-    assert told == (
+    message = refused(server)
+    assert message == (
         "reward 'sum': no server answers at http://server:8000 (ConnectError: connection refused);"
         " start one: progrpo serve-reward sum"
     )
@@ -506,10 +509,10 @@ def test_every_request_names_its_reward_and_protocol():
 
 
 def test_a_column_that_a_prompt_lacks_is_said_before_a_picture_is_sent():
-    def wanted(images: Any, prompts: Any, row: Any, note: Any = None) -> list[float]:
+    def takes_row(images: Any, prompts: Any, row: Any, note: Any = None) -> list[float]:
         return row
 
-    with served(FunctionReward(wanted)) as reward:
+    with served(FunctionReward(takes_row)) as reward:
         reward.check(PROMPTS)
         with pytest.raises(Refusal, match="reward 'sum' takes 'row', but the prompt 'bare' has no column of that name"):
             reward.check([*PROMPTS, Prompt("bare")])
@@ -542,9 +545,9 @@ def replies(change: Callable[[list[dict[str, Any]]], Any]) -> list[Score]:
             return None
         return httpx2.Response(200, content=json.dumps(change([scored(item) for item in items])).encode())
 
-    found = asks(Faulty(fault), batch_size=5).score(PICTURES, PROMPTS)
-    assert values(found[:5]) == SUMS[:5]
-    return found[5:]
+    scores = asks(Faulty(fault), batch_size=5).score(PICTURES, PROMPTS)
+    assert values(scores[:5]) == SUMS[:5]
+    return scores[5:]
 
 
 WRONG: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
@@ -580,9 +583,9 @@ def test_a_value_of_another_type_is_refused_at_once(value):
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 10**400], ids=str)
 def test_a_value_that_is_no_number_is_missing(value):
-    found = changed(value)
-    assert values(found) == [None if i == 2 else SUMS[5 + i] for i in range(5)]
-    assert found[2].error is not None and found[2].error.startswith("the server gave ")
+    scores = changed(value)
+    assert values(scores) == [None if i == 2 else SUMS[5 + i] for i in range(5)]
+    assert scores[2].error is not None and scores[2].error.startswith("the server gave ")
 
 
 @pytest.mark.parametrize("answer", [[1.0], [[0.5], [0.5]], "0.5", 0.5, {"score": 0.5}])
@@ -602,7 +605,7 @@ def test_a_served_function_that_answers_wrongly_is_refused_here_and_asked_once(a
 
 
 def test_a_verdict_that_is_none_is_left_out():
-    found = replies(
+    replied = replies(
         lambda scores: {"scores": [s | {"passed": p} for s, p in zip(scores, [1, "x", True, False, None], strict=True)]}
     )
-    assert [s.passed for s in found] == [None, None, True, False, None]
+    assert [s.passed for s in replied] == [None, None, True, False, None]

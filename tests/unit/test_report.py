@@ -267,10 +267,10 @@ def test_who_is_dropped_on_final_rewards_is_out_at_the_end(run):
 )
 def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after, words):
     finish(run, before, after)
-    found = verdict(read_run_data(run.path))
-    assert words in found
-    assert found.startswith("shapes-flow was trained for 2 iterations in 2 min 10 s (seed 3): strict accuracy ")
-    assert found.endswith("while pruning saved 25 % of its groups’ network evaluations.")
+    sentence = verdict(read_run_data(run.path))
+    assert words in sentence
+    assert sentence.startswith("shapes-flow was trained for 2 iterations in 2 min 10 s (seed 3): strict accuracy ")
+    assert sentence.endswith("while pruning saved 25 % of its groups’ network evaluations.")
 
 
 def test_of_one_pair_no_error_is_given(run):
@@ -299,8 +299,8 @@ def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run)
     )
     for i in range(5):
         run.log({"iteration": i, "seconds": 40.0, "rollout/nfe": 100, "time/sample": 30.0}, i)
-    found = read_run_data(run.path)
-    assert (found.status, found.wall_seconds, len(found.since_summary)) == ("killed", 12 + 2 * 40, 2)
+    data = read_run_data(run.path)
+    assert (data.status, data.wall_seconds, len(data.since_summary)) == ("killed", 12 + 2 * 40, 2)
     page = text(run)
     assert "was trained for 5 of 2 iterations in 1 min 32 s, until its process or machine stopped" in page
     assert '<span class="status killed">killed</span>' in page

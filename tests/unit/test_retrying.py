@@ -38,10 +38,10 @@ def reason(score: Score) -> str:
     return score.error.rpartition(", line ")[2].partition(": ")[2]
 
 
-def patient(fails, **how):
+def patient(fails, **settings):
     waited: list[float] = []
     reward = Fails(fails)
-    return RetryingReward(reward, sleep=waited.append, **how), reward, waited
+    return RetryingReward(reward, sleep=waited.append, **settings), reward, waited
 
 
 def test_what_does_not_fail_is_asked_once():
@@ -70,12 +70,12 @@ class Panic(BaseException):
     """As a library in Rust raises it."""
 
 
-@pytest.mark.parametrize("how", [{}, {"timeout": 60.0}])
+@pytest.mark.parametrize("settings", [{}, {"timeout": 60.0}])
 @pytest.mark.parametrize(
     "kind", [SystemExit, asyncio.CancelledError, concurrent.futures.CancelledError, GeneratorExit, Panic]
 )
-def test_whatever_a_reward_lets_through_is_a_failure_like_another(how, kind):
-    asked, _, _ = patient(lambda call, numbers: kind("gone") if 3 in numbers else None, retries=0, **how)
+def test_whatever_a_reward_lets_through_is_a_failure_like_another(settings, kind):
+    asked, _, _ = patient(lambda call, numbers: kind("gone") if 3 in numbers else None, retries=0, **settings)
     scores = asked.score(PICTURES, PROMPTS)
     assert [s.value is None for s in scores] == [n == 3 for n in range(20)]
     assert reason(scores[3]) == f"{kind.__name__}: gone"
@@ -200,10 +200,10 @@ def test_a_call_that_hangs_once_is_tried_again():
 def test_calls_that_hang_do_not_pile_up():
     reward = Hangs(100)
     asked = RetryingReward(reward, retries=0, timeout=0.05, sleep=lambda s: None)
-    found = [asked.score(PICTURES[:1], PROMPTS[:1])[0].error for _ in range(6)]
-    assert found[:4] == ["TimeoutError: no answer in 0.05 s"] * 4
+    errors = [asked.score(PICTURES[:1], PROMPTS[:1])[0].error for _ in range(6)]
+    assert errors[:4] == ["TimeoutError: no answer in 0.05 s"] * 4
     hanging = "TimeoutError: 4 earlier calls still hang; in processes of its own such calls are ended"
-    assert found[4:] == [hanging] * 2 and reward.calls == 4
+    assert errors[4:] == [hanging] * 2 and reward.calls == 4
     reward.release.set()
 
 

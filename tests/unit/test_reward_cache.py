@@ -174,8 +174,8 @@ def test_equal_pictures_of_one_call_are_paid_for_once(tmp_path):
 def test_several_threads_share_it(tmp_path):
     cached, expected = CachedReward(Paid(), "vlm", tmp_path), Paid().score(PICTURES, PROMPTS)
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: cached.score(PICTURES, PROMPTS), range(12)))
-    assert found == [expected] * 12
+        scores = list(threads.map(lambda _: cached.score(PICTURES, PROMPTS), range(12)))
+    assert scores == [expected] * 12
 
 
 def test_no_pictures_no_scores(tmp_path):

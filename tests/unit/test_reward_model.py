@@ -17,7 +17,7 @@ from progrpo.preferences.pairs import Pair, PairsError, write_pairs
 from progrpo.preferences.reward_model.clip import ClipBackbone
 from progrpo.preferences.reward_model.evaluation import evaluate_pairs
 from progrpo.preferences.reward_model.model import load_reward_model, read_description
-from progrpo.preferences.reward_model.shapes import _KINDS, _WORDS, ShapesBackbone, layout, wanted_counts, word_counts
+from progrpo.preferences.reward_model.shapes import _KINDS, _WORDS, ShapesBackbone, layout, target_counts, word_counts
 from progrpo.preferences.reward_model.training import TrainingSettings, train_reward_model
 from progrpo.preferences.reward_model.tuning import TuningSettings, tune
 from progrpo.rewards.base import Refusal
@@ -215,8 +215,8 @@ def test_words_are_counted_in_singular():
 def test_objects_that_a_prompt_names_are_those_of_the_world():
     for split in SPLITS:
         for prompts in world.prompts(split).values():
-            for prompt, row in zip(prompts, wanted_counts(prompts).tolist(), strict=True):
-                kinds = [kind for wanted in prompt.columns["objects"] for kind in wanted if kind]
+            for prompt, row in zip(prompts, target_counts(prompts).tolist(), strict=True):
+                kinds = [kind for pair in prompt.columns["objects"] for kind in pair if kind]
                 assert row == [kinds.count(kind) for kind in _KINDS]
 
 

@@ -89,8 +89,8 @@ def test_scores_are_those_of_this_process_in_order(here):
     alone = load_reward(RewardTerm(f"{MODULE}:mean"))
     with processes("mean", 2) as reward:
         for rows in (slice(None), slice(0, 1), slice(2, 5)):
-            found = reward.score(PICTURES[rows], PROMPTS[rows])
-            assert found == alone.score(PICTURES[rows], PROMPTS[rows])
+            scores = reward.score(PICTURES[rows], PROMPTS[rows])
+            assert scores == alone.score(PICTURES[rows], PROMPTS[rows])
         assert reward.score(PICTURES[:0], []) == []
         assert [s.value is None for s in reward.score(PICTURES, PROMPTS)] == [i == 3 for i in range(7)]
 
@@ -267,9 +267,9 @@ def test_a_process_that_dies_between_two_calls_costs_none(mortal):
 
 def test_a_picture_that_kills_every_process_is_missing_and_costs_no_other(mortal):
     with processes("dies_always", 2) as reward:
-        found = asked_patiently(reward, retries=0)
-    assert [s.value for s in found] == [None if i == 2 else value for i, value in enumerate(FIRST)]
-    assert found[2].error == "LostWorkerError: a process ended with exit code 7"
+        scores = asked_patiently(reward, retries=0)
+    assert [s.value for s in scores] == [None if i == 2 else value for i, value in enumerate(FIRST)]
+    assert scores[2].error == "LostWorkerError: a process ended with exit code 7"
 
 
 def test_a_process_that_hangs_is_replaced_after_its_time(mortal, monkeypatch):

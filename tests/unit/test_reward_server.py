@@ -69,11 +69,11 @@ class Recorded(Reward):
         self.calls.append([p.text for p in prompts])
         self.busy.set()
         assert self.free.wait(20)
-        found = [self.judge(p, float(picture.sum())) for p, picture in zip(prompts, pictures_NHWC, strict=True)]
-        for one in found:
+        judged = [self.judge(p, float(picture.sum())) for p, picture in zip(prompts, pictures_NHWC, strict=True)]
+        for one in judged:
             if isinstance(one, BaseException):
                 raise one
-        return [one if isinstance(one, Score) else Score(one) for one in found]
+        return [one if isinstance(one, Score) else Score(one) for one in judged]
 
     def close(self) -> None:
         self.closed = True
@@ -95,8 +95,8 @@ def scores(client: httpx2.Client, *items: dict[str, Any]) -> list[dict[str, Any]
     return answer["scores"]
 
 
-def values(found: list[dict[str, Any]]) -> list[float | None]:
-    return [score["value"] for score in found]
+def values(answers: list[dict[str, Any]]) -> list[float | None]:
+    return [score["value"] for score in answers]
 
 
 def detail(response: httpx2.Response, status: int) -> str:
@@ -114,9 +114,9 @@ def test_scores_in_order_of_pictures_of_several_sizes():
     drawn = [picture(*size) for size in ((4, 4), (8, 3), (4, 4), (3, 8), (8, 3))]
     reward = Recorded()
     with served(reward) as client:
-        found = scores(client, *(item(p, f"{i}", id=10 - i) for i, p in enumerate(drawn)))
-    assert values(found) == [float(p.sum()) for p in drawn]
-    assert [score["id"] for score in found] == [10, 9, 8, 7, 6]
+        answers = scores(client, *(item(p, f"{i}", id=10 - i) for i, p in enumerate(drawn)))
+    assert values(answers) == [float(p.sum()) for p in drawn]
+    assert [score["id"] for score in answers] == [10, 9, 8, 7, 6]
     assert sorted(reward.calls) == [["0", "2"], ["1", "4"], ["3"]]
 
 
@@ -126,9 +126,9 @@ def test_no_pictures_no_scores():
 
 
 def test_prompts_and_columns_reach_the_reward():
-    told = "кот 🐈 \ud800 \0"  # half a surrogate pair is a text to Python and JSON
-    with served(Recorded(lambda prompt, value: prompt.text == told)) as client:
-        assert values(scores(client, item(picture(), told))) == [1.0]
+    text = "кот 🐈 \ud800 \0"  # half a surrogate pair is a text to Python and JSON
+    with served(Recorded(lambda prompt, value: prompt.text == text)) as client:
+        assert values(scores(client, item(picture(), text))) == [1.0]
     with served(Recorded(lambda prompt, value: prompt.columns["target"]["x"][1])) as client:
         assert values(scores(client, item(picture(), columns={"target": {"x": [1, 2.5]}}))) == [2.5]
 
@@ -165,8 +165,8 @@ def test_no_request_names_a_file_of_the_servers_machine(tmp_path):
     body = question(item(picture(), columns={"image": str(tmp_path / "own.png")}))
     reward = Recorded()
     with served(reward) as client:
-        told = detail(client.post("/v1/score", json=body), 422)
-    assert "a source picture is sent as `image` beside the columns" in told and reward.calls == []
+        message = detail(client.post("/v1/score", json=body), 422)
+    assert "a source picture is sent as `image` beside the columns" in message and reward.calls == []
 
 
 @pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), float("-inf")])
@@ -185,8 +185,8 @@ def test_verdicts_errors_and_numpys_numbers_are_passed_on():
         "doubtful": Score(2, False, "truncated"),
     }
     with served(Recorded(lambda prompt, value: given[prompt.text])) as client:
-        found = scores(client, *(item(picture(), name) for name in given))
-    assert [(s["value"], s["passed"], s["error"]) for s in found] == [
+        answers = scores(client, *(item(picture(), name) for name in given))
+    assert [(s["value"], s["passed"], s["error"]) for s in answers] == [
         (0.25, True, None),
         (0.5, True, None),
         (None, None, "a model \\ud800 was lost"),
@@ -199,9 +199,9 @@ def test_what_the_reward_fails_at_is_missing_and_no_other(error):
     reward = Recorded(lambda prompt, value: error if prompt.text == "bad" else value)
     with served(reward) as client:
         for _ in range(2):
-            found = scores(client, item(picture(), "1"), item(picture(), "bad"), item(picture(), "2"))
-            assert [v is None for v in values(found)] == [False, True, False]
-            assert (type(error).__name__ if isinstance(error, BaseException) else "ValueError") in found[1]["error"]
+            answers = scores(client, item(picture(), "1"), item(picture(), "bad"), item(picture(), "2"))
+            assert [v is None for v in values(answers)] == [False, True, False]
+            assert (type(error).__name__ if isinstance(error, BaseException) else "ValueError") in answers[1]["error"]
         assert client.get("/health").json()["failures"] == 2
 
 
@@ -226,9 +226,9 @@ def test_faults_cost_exactly_the_pictures_that_they_hit(share):
     hit = [zlib.crc32(p.tobytes()) % 1000 < 1000 * share for p in drawn]
     reward = Recorded(lambda prompt, value: RuntimeError("a fault") if hit[int(prompt.text)] else value)
     with served(reward) as client:
-        found = scores(client, *(item(p, f"{i}") for i, p in enumerate(drawn)))
-    assert any(hit) and values(found) == [None if h else float(p.sum()) for h, p in zip(hit, drawn, strict=True)]
-    assert all(s["error"] == "RuntimeError: a fault" for s, h in zip(found, hit, strict=True) if h)
+        answers = scores(client, *(item(p, f"{i}") for i, p in enumerate(drawn)))
+    assert any(hit) and values(answers) == [None if h else float(p.sum()) for h, p in zip(hit, drawn, strict=True)]
+    assert all(s["error"] == "RuntimeError: a fault" for s, h in zip(answers, hit, strict=True) if h)
 
 
 def test_a_refusal_is_422_with_its_sentence():
@@ -488,11 +488,11 @@ def test_a_picture_that_cannot_be_read_costs_no_other(name):
     bad = {"png": data, "prompt": "bad"} if isinstance(data, str) else item(data, "bad")
     with served(reward) as client:
         first, second = picture(), picture()
-        found = scores(client, item(first), bad, item(second))
-    assert values(found) == [first.sum(), None, second.sum()]
-    assert found[1]["error"].startswith("the picture ") and "\n" not in found[1]["error"]
+        answers = scores(client, item(first), bad, item(second))
+    assert values(answers) == [first.sum(), None, second.sum()]
+    assert answers[1]["error"].startswith("the picture ") and "\n" not in answers[1]["error"]
     assert reward.calls == [["a", "a"]]
-    assert ("16777216 are allowed" in found[1]["error"]) == (name == "bomb")
+    assert ("16777216 are allowed" in answers[1]["error"]) == (name == "bomb")
 
 
 def test_the_largest_picture_that_is_allowed_is_decoded():

@@ -169,10 +169,11 @@ COLUMNS = {"target": [1, 2], "scale": [3, 4]}
     ],
 )  # fmt: skip
 def test_pictures_and_texts_are_given_by_name_or_else_to_the_first_two_parameters(function, given):
-    found = called(function)
-    if "both" in found:
-        found["both"] = ("pictures" if isinstance(found["both"][0][0], Image.Image) else None, found["both"][1])
-    assert found == given
+    arguments = called(function)
+    if "both" in arguments:
+        pictures, texts = arguments["both"]
+        arguments["both"] = ("pictures" if isinstance(pictures[0], Image.Image) else None, texts)
+    assert arguments == given
 
 
 @pytest.mark.parametrize(
@@ -195,11 +196,11 @@ def test_what_cannot_be_given_pictures_is_refused_at_once(function, sentence):
 
 
 def test_a_column_that_is_called_as_the_texts_may_be_is_not_taken_for_them():
-    reward, told = FunctionReward(lambda images, texts: [0.0]), [Prompt("a", {"texts": "b"})]
+    reward, prompts = FunctionReward(lambda images, texts: [0.0]), [Prompt("a", {"texts": "b"})]
     with pytest.raises(
         Refusal, match=r"'texts' would be given the pictures or the texts, and the prompts have a column"
     ):
-        reward.check(told)
+        reward.check(prompts)
 
 
 @pytest.mark.parametrize("function", [lambda pics, target: ..., lambda target, texts: ..., lambda prompts, target: ...])
@@ -268,9 +269,9 @@ def test_a_score_may_be_returned_for_a_number():
 
 
 async def of_a_server(images, prompts, target):
-    async def one(image, wanted):
+    async def one(image, offset):
         await asyncio.sleep(0.001)
-        return None if wanted is None else float(np.asarray(image).mean()) + wanted
+        return None if offset is None else float(np.asarray(image).mean()) + offset
 
     return await asyncio.gather(*(one(i, t) for i, t in zip(images, target, strict=True)))
 

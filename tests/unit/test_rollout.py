@@ -98,18 +98,20 @@ def test_members_may_begin_at_their_groups_noise(tiny_policy):
     assert not any(torch.equal(x, second[0]) for x in own.x_NCHW)
 
 
-def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_config, told):
+def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_config, prompts_of):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
-    wanted = SamplingSettings(num_inference_steps=3, same_latent=True)
-    sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
+    settings = SamplingSettings(num_inference_steps=3, same_latent=True)
+    sampling = sampling_from(tiny_config(sampling=settings), policy, "transitions", 0)
     batch = expand(policy, torch.tensor([4, 9]), 3, sampling, key)
-    path = denoise(Denoiser(policy, policy.encode(told("red cat", "blue dog")), sampling), batch, key, Meter()).path
+    path = denoise(
+        Denoiser(policy, policy.encode(prompts_of("red cat", "blue dog")), sampling), batch, key, Meter()
+    ).path
     assert len(path[0].x_NCHW.flatten(1).unique(dim=0)) == 2
     assert len(path[0].x_next_NCHW.flatten(1).unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("first", [0, 2])
-def test_equal_members_share_the_calls_before_they_part(tiny_policy, tiny_config, told, first):
+def test_equal_members_share_the_calls_before_they_part(tiny_policy, tiny_config, prompts_of, first):
     policy, key = tiny_policy(moved=0.1), NoiseKey(seed=5, iteration=2)
     settings = SamplingSettings(num_inference_steps=5, same_latent=True, microbatch=1)
     config = tiny_config(sampling=settings)
@@ -117,7 +119,7 @@ def test_equal_members_share_the_calls_before_they_part(tiny_policy, tiny_config
     sampling = sampling_for(policy, settings, steps, Record(frozenset(steps), latent_features=True))
     shared = replace(sampling, shared_calls=first + 1)
     assert sampling_from(config, policy, "transitions", 0).shared_calls == 1
-    condition, results = policy.encode(told("red cat", "blue dog")), []
+    condition, results = policy.encode(prompts_of("red cat", "blue dog")), []
     for each in (sampling, shared):
         meter = Meter()
         batch = expand(policy, torch.tensor([4, 9]), 3, each, key)
@@ -131,13 +133,15 @@ def test_equal_members_share_the_calls_before_they_part(tiny_policy, tiny_config
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])
-def test_a_trajectory_goes_on_from_what_was_stored(family_at_length, tiny_policy, tiny_config, told, latent_dtype):
+def test_a_trajectory_goes_on_from_what_was_stored(
+    family_at_length, tiny_policy, tiny_config, prompts_of, latent_dtype
+):
     policy, key = tiny_policy(folder=family_at_length), NoiseKey(seed=5, iteration=2)
-    dtype, wanted = getattr(torch, latent_dtype), SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
-    sampling = sampling_from(tiny_config(sampling=wanted), policy, "means", 0)
+    dtype, settings = getattr(torch, latent_dtype), SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
+    sampling = sampling_from(tiny_config(sampling=settings), policy, "means", 0)
     batch = expand(policy, torch.tensor([4, 9]), 2, sampling, key)
     assert torch.equal(batch.x_NCHW.to(dtype).float(), batch.x_NCHW)
-    done = denoise(Denoiser(policy, policy.encode(told("red cat", "blue dog")), sampling), batch, key, Meter())
+    done = denoise(Denoiser(policy, policy.encode(prompts_of("red cat", "blue dog")), sampling), batch, key, Meter())
     assert torch.equal(done.path[0].x_NCHW.float(), batch.x_NCHW)
     assert all(torch.equal(t.x_next_NCHW, after.x_NCHW) for t, after in pairwise(done.path))
     for t in done.path:
@@ -153,16 +157,16 @@ def test_a_trajectory_goes_on_from_what_was_stored(family_at_length, tiny_policy
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16"])
-def test_a_latent_is_kept_once_however_often_a_batch_is_taken(tiny_policy, tiny_config, told, latent_dtype):
+def test_a_latent_is_kept_once_however_often_a_batch_is_taken(tiny_policy, tiny_config, prompts_of, latent_dtype):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
-    wanted = SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
-    sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
+    settings = SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
+    sampling = sampling_from(tiny_config(sampling=settings), policy, "transitions", 0)
     batch = expand(policy, torch.tensor([4]), 4, sampling, key)
 
     def prune(step: int, living: Trajectories) -> Trajectories:
         return living.take(torch.arange(0, len(living), 2)) if step < 2 else living
 
-    done = denoise(Denoiser(policy, policy.encode(told("red cat")), sampling), batch, key, Meter(), prune)
+    done = denoise(Denoiser(policy, policy.encode(prompts_of("red cat")), sampling), batch, key, Meter(), prune)
     kept = [x for t in done.path for x in (t.x_NCHW, t.x_next_NCHW)]
     assert len(done) == 1 and len(kept) == 6
     assert len({x.data_ptr() for x in kept}) == 4
@@ -170,7 +174,7 @@ def test_a_latent_is_kept_once_however_often_a_batch_is_taken(tiny_policy, tiny_
     assert done.take(torch.arange(1)) is done
 
 
-def test_steps_without_noise_are_rounded_too(tiny_policy, told):
+def test_steps_without_noise_are_rounded_too(tiny_policy, prompts_of):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
     sampling = with_settings(ode(policy, 3, 1.0, 8), latent_dtype="bfloat16")
     batch, seen = expand(policy, torch.tensor([4]), 2, sampling, key), []
@@ -179,7 +183,7 @@ def test_steps_without_noise_are_rounded_too(tiny_policy, told):
         seen.append(living.x_NCHW)
         return living
 
-    denoise(Denoiser(policy, policy.encode(told("red cat")), sampling), batch, key, Meter(), watch)
+    denoise(Denoiser(policy, policy.encode(prompts_of("red cat")), sampling), batch, key, Meter(), watch)
     assert len(seen) == 3 and all(torch.equal(x.bfloat16().float(), x) for x in seen)
 
 
@@ -196,9 +200,9 @@ class Verdicts(Reward):
 
 def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
     policy, meter = tiny_policy(), Meter()
-    found = [Score(0.5, True), Score(None), Score(float("inf"), False)]
+    verdicts = [Score(0.5, True), Score(None), Score(float("inf"), False)]
     x0 = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    sampler = Sampler(policy, mixture_of_one(Verdicts(found)), ode(policy, 4, 1.0, 2))
+    sampler = Sampler(policy, mixture_of_one(Verdicts(verdicts)), ode(policy, 4, 1.0, 2))
     images, scores = score(sampler, [Prompt("a"), Prompt("b")], torch.tensor([0, 0, 1]), x0, meter)
     values, passed = scores.value_N, scores.passed_N
     assert images.images_NHWC.shape == (3, 16, 16, 3) and images.images_NHWC.dtype == torch.uint8

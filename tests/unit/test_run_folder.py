@@ -187,9 +187,9 @@ def test_overwriting_deletes_checkpoints_first_and_the_config_last(tmp_path, mon
     deleted = []
 
     def noted(delete):
-        def first(path, **how):
+        def first(path, **options):
             deleted.append(path.name)
-            delete(path, **how)
+            delete(path, **options)
 
         return first
 
@@ -285,8 +285,8 @@ def test_tracking_does_not_import_torch():
         "import sys, progrpo.tracking.run_folder, progrpo.tracking.console, progrpo.pages.report;"
         "print([name for name in ('torch', 'plotly', 'rich', 'PIL') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(found.replace("'", '"')) == []
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(modules.replace("'", '"')) == []
 
 
 def test_an_audit_of_large_pictures_has_a_small_sheet(tmp_path):

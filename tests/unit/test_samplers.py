@@ -125,9 +125,9 @@ def test_scales_by_hand():
         expected["precise"].append(t * math.sqrt(1 - ((1 - s) * t / ((1 - t) * s)) ** 0.36))
     expected["cps_reduced"] = expected["cps"]
     for name, sampler in SAMPLERS.items():
-        found = sampler.scale(FLOW, 0.6)
-        assert found.shape == (10,) and found.dtype == torch.float64
-        assert found.tolist() == pytest.approx(expected[name], rel=1e-12), name
+        std = sampler.scale(FLOW, 0.6)
+        assert std.shape == (10,) and std.dtype == torch.float64
+        assert std.tolist() == pytest.approx(expected[name], rel=1e-12), name
 
 
 @pytest.mark.parametrize("sampler", PRESERVING)
@@ -142,9 +142,9 @@ def test_fresh_noise_is_at_most_the_levels_and_none_at_the_data(sampler, levels,
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_float32_grids_keep_their_dtype(sampler):
     levels = flow_levels(sigma_grid(10, 1.18))  # whose first sigma is 1e-7 off 1
-    found, exact = (SAMPLERS[sampler].scale(grid, 0.7) for grid in (levels, levels.to(torch.ones(1).double())))
-    assert found.dtype == torch.float32 and found.isfinite().all()
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-7)
+    std, exact = (SAMPLERS[sampler].scale(grid, 0.7) for grid in (levels, levels.to(torch.ones(1).double())))
+    assert std.dtype == torch.float32 and std.isfinite().all()
+    torch.testing.assert_close(std.double(), exact, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("sampler", PRESERVING)

@@ -44,9 +44,9 @@ class Member:
     def gather(self, items: list[Any]) -> list[Any]:
         self._table[self.rank] = items
         self._barrier.wait(60)
-        found = [item for part in self._table for item in part]
+        gathered = [item for part in self._table for item in part]
         self._barrier.wait(60)
-        return found
+        return gathered
 
 
 def each(world: int, work: Callable[[Member], Any]) -> list[Any]:
@@ -96,8 +96,8 @@ def test_all_choose_together_what_one_would(selector, world):
         return rebalanced(mine.take(own), member)
 
     parts = each(world, work)
-    found = [(g, m) for p in parts for g, m in zip(p.group_N.tolist(), p.member_N.tolist(), strict=True)]
-    assert sorted(found) == expected
+    chosen = [(g, m) for p in parts for g, m in zip(p.group_N.tolist(), p.member_N.tolist(), strict=True)]
+    assert sorted(chosen) == expected
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for part in parts:  # whoever moved took all that is known of it along, and rows are in order
         who = list(zip(part.group_N.tolist(), part.member_N.tolist(), strict=True))

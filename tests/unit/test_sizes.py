@@ -84,11 +84,11 @@ def test_memory_is_what_is_allocated(weights):
     """Within 15 %, as `benchmarks/memory.py` measures it at size."""
     settings = ModelSettings(weights=weights)
     policy: Any = load_policy(settings)
-    found = sizes(settings, 8, 4, 4)
-    told = {name: torch.randn(4, *shape) for name, shape in policy.family.condition_shapes().items()}
+    predicted = sizes(settings, 8, 4, 4)
+    embeds = {name: torch.randn(4, *shape) for name, shape in policy.family.condition_shapes().items()}
 
     def train() -> None:
-        policy.predict(torch.randn(4, *policy.latent_shape), torch.tensor(500.0), Condition(told)).sum().backward()
+        policy.predict(torch.randn(4, *policy.latent_shape), torch.tensor(500.0), Condition(embeds)).sum().backward()
 
     train()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -97,12 +97,12 @@ def test_memory_is_what_is_allocated(weights):
     for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         now += event.nbytes() if event.name() == "[memory]" else 0
         most = max(most, now)
-    assert found.train_bytes == pytest.approx(most, rel=0.15)
-    assert found.trained == sum(p.numel() for p in policy.trainable.values())
-    assert found.frozen == sum(p.numel() for p in policy.denoiser.parameters()) - found.trained
-    assert found.latent == 8 * 16 * 16
+    assert predicted.train_bytes == pytest.approx(most, rel=0.15)
+    assert predicted.trained == sum(p.numel() for p in policy.trainable.values())
+    assert predicted.frozen == sum(p.numel() for p in policy.denoiser.parameters()) - predicted.trained
+    assert predicted.latent == 8 * 16 * 16
     # of frozen weights no gradient is computed
-    assert found.train_flops / found.call_flops == pytest.approx(3 if weights == "full" else 2, rel=0.05)
+    assert predicted.train_flops / predicted.call_flops == pytest.approx(3 if weights == "full" else 2, rel=0.05)
 
 
 def test_checkpointing_takes_another_forward_pass_and_less_memory(tiny_sd3):
@@ -115,8 +115,8 @@ def test_checkpointing_takes_another_forward_pass_and_less_memory(tiny_sd3):
 
 
 def test_a_decoder_takes_what_the_policy_gives_it_and_not_latents(tiny_qwen_image):
-    found = sizes(ModelSettings(str(tiny_qwen_image), resolution=16), 2, 2, 2)  # one of videos
-    assert found.latent == 4 * 8 * 8 and found.decode_flops > 0 and found.train_bytes > 0
+    predicted = sizes(ModelSettings(str(tiny_qwen_image), resolution=16), 2, 2, 2)  # one of videos
+    assert predicted.latent == 4 * 8 * 8 and predicted.decode_flops > 0 and predicted.train_bytes > 0
 
 
 @pytest.mark.parametrize("model", [pytest.param("tiny_wan", marks=pytest.mark.slow), "tiny_kontext"])
@@ -124,7 +124,7 @@ def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
     """Also of a video, and beside a source, which is of the same size."""
     path, frames = str(request.getfixturevalue(model)), 3 if model == "tiny_wan" else None
 
-    def found(height: int, width: int) -> Any:
+    def sizes_at(height: int, width: int) -> Any:
         return sizes(
             ModelSettings(path, resolution=(height, width), frames=frames, lora_rank=2),
             1,
@@ -132,7 +132,7 @@ def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
             1,
         )
 
-    wide, square = found(8, 32), found(16, 16)
+    wide, square = sizes_at(8, 32), sizes_at(16, 16)
     assert wide.latent == square.latent and wide.call_flops == square.call_flops
     assert wide.train_flops == square.train_flops and wide.decode_flops > 0
 
@@ -157,9 +157,9 @@ def test_latents_at_their_most_by_hand():
     single = replace(
         pruned, sampling=SamplingSettings(num_inference_steps=10), optim=OptimSettings(updates_per_rollout=2)
     )
-    found = _latents(single, resolve_plan(single), True, 1)
-    assert found["call"] == 24 * (4 + 4 + 4 * 5 + 4 * 4)  # where it is is the path's end, and steps' means are kept
-    assert found["update"] == 6 * (4 + 4 * 10 + 4 * 9) * 1.5
+    latents = _latents(single, resolve_plan(single), True, 1)
+    assert latents["call"] == 24 * (4 + 4 + 4 * 5 + 4 * 4)  # where it is is the path's end, and steps' means are kept
+    assert latents["update"] == 6 * (4 + 4 * 10 + 4 * 9) * 1.5
 
 
 @pytest.mark.slow
@@ -193,18 +193,18 @@ def test_what_would_make_it_fit():
     def peaks(config: Config) -> dict[str, float]:
         return _memory(config, plan, sizes_for(config), 1).peaks
 
-    def changed(wanted: dict[str, Any]) -> Config:
-        sampling = wanted.get("sampling.microbatch", 16)
-        leaner = wanted.get("model.activation_checkpointing", False)
-        config = _with_microbatches(base, sampling, wanted.get("optim.microbatch", 16))
+    def changed(changes: dict[str, Any]) -> Config:
+        sampling = changes.get("sampling.microbatch", 16)
+        leaner = changes.get("model.activation_checkpointing", False)
+        config = _with_microbatches(base, sampling, changes.get("optim.microbatch", 16))
         return replace(config, model=replace(config.model, activation_checkpointing=leaner))
 
     half = peaks(_with_microbatches(base, 16, 8))
     roomy = GPU(1.001 * max(half.values()) / 0.9, 1)
     assert _leaner(base, plan, roomy, 1) == {"optim.microbatch": 8}
     tight = GPU(1.03 * max(peaks(_with_microbatches(base, 1, 1)).values()) / 0.9, 1)
-    wanted = _leaner(base, plan, tight, 1)
-    assert max(peaks(changed(wanted)).values()) <= 0.9 * tight.memory
+    changes = _leaner(base, plan, tight, 1)
+    assert max(peaks(changed(changes)).values()) <= 0.9 * tight.memory
     assert _leaner(base, plan, GPU(0.001, 1), 1) == {}
 
 
@@ -213,8 +213,8 @@ def test_what_processes_share_out(weights):
     """A LoRA stays whole everywhere, weights that are trained in full do not."""
     base = load_recipe("smoke")
     config = replace(base, model=replace(base.model, weights=weights, shard=True))
-    found = sizes_for(config)
-    alone, shared = (_memory(config, resolve_plan(config), found, count).parts for count in (1, 2))
+    predicted = sizes_for(config)
+    alone, shared = (_memory(config, resolve_plan(config), predicted, count).parts for count in (1, 2))
     assert shared["frozen weights"] == alone["frozen weights"] / 2
     for part in ("trained weights, optimizer", "copies of trained weights", "gradients"):
         assert shared[part] == alone[part] / (2 if weights == "full" else 1)
@@ -228,11 +228,11 @@ def test_a_second_gradient_is_counted_where_the_noise_scale_is_measured(processe
     base = load_recipe("smoke")
     model = replace(base.model, weights="full", shard=True)
     config = replace(base, model=model, prompts=PromptSettings(per_iteration=prompts), optim=OptimSettings(**optim))
-    found = _memory(config, resolve_plan(config), sizes_for(config), processes)
-    assert found.parts["gradients of a half"] == (found.parts["gradients"] if counted else 0) >= 0
+    memory = _memory(config, resolve_plan(config), sizes_for(config), processes)
+    assert memory.parts["gradients of a half"] == (memory.parts["gradients"] if counted else 0) >= 0
     without = replace(config, optim=replace(config.optim, noise_scale=False))
     least = _memory(without, resolve_plan(without), sizes_for(without), processes).peaks["update"]
-    assert found.peaks["update"] == pytest.approx(least + found.parts["gradients of a half"])
+    assert memory.peaks["update"] == pytest.approx(least + memory.parts["gradients of a half"])
 
 
 def test_rewards_are_counted_where_their_networks_are_known():
@@ -242,9 +242,9 @@ def test_rewards_are_counted_where_their_networks_are_known():
         RewardTerm("shapes"),
         RewardTerm("ocr"),
     )
-    found = estimate(replace(load_recipe("smoke"), reward=RewardSettings(terms)), "l4", 0.35, 1)
-    assert found["memory_gb"]["rewards"] == pytest.approx(2 * 986_109_441 / 1e9)
-    assert found["rewards_not_counted"] == ["ocr"]
+    estimated = estimate(replace(load_recipe("smoke"), reward=RewardSettings(terms)), "l4", 0.35, 1)
+    assert estimated["memory_gb"]["rewards"] == pytest.approx(2 * 986_109_441 / 1e9)
+    assert estimated["rewards_not_counted"] == ["ocr"]
 
 
 @pytest.mark.parametrize(

@@ -46,25 +46,25 @@ def test_spearman_wants_pairs():
 
 
 def test_share_has_the_binomial_error_and_leaves_out_none():
-    found = share([True, None, False, True, True])
-    assert found is not None
-    assert (found.value, found.count) == (0.75, 4)
-    assert found.error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    estimate = share([True, None, False, True, True])
+    assert estimate is not None
+    assert (estimate.value, estimate.count) == (0.75, 4)
+    assert estimate.error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert share([None]) is None
 
 
 def test_paired_difference_has_the_error_of_the_differences():
     before, after = [0, 0, 1, 1, 0], [1, 0, 1, 1, 1]
-    found = paired_difference(before, after)
-    assert found.value == pytest.approx(0.4)
-    assert found.error == pytest.approx(stats.sem([1, 0, 0, 0, 1]))
+    difference = paired_difference(before, after)
+    assert difference.value == pytest.approx(0.4)
+    assert difference.error == pytest.approx(stats.sem([1, 0, 0, 0, 1]))
 
 
 def test_standardised_values_have_mean_zero_and_variance_one_without_the_missing():
-    found = standardised([3.0, None, 1.0, float("inf"), 7.0])
-    assert found is not None
-    assert found[[0, 2, 4]] == pytest.approx(stats.zscore([3.0, 1.0, 7.0]), abs=1e-12)
-    assert np.isnan(found).tolist() == [False, True, False, True, False]
+    values = standardised([3.0, None, 1.0, float("inf"), 7.0])
+    assert values is not None
+    assert values[[0, 2, 4]] == pytest.approx(stats.zscore([3.0, 1.0, 7.0]), abs=1e-12)
+    assert np.isnan(values).tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, None], [None, float("nan")]])
@@ -83,10 +83,11 @@ def test_the_variance_of_a_choice_is_in_units_of_all():
 
 def test_intervals_are_scipys():
     a, b = np.random.default_rng(0).normal(size=5), np.random.default_rng(1).normal(1, 3, size=3)
-    found, low_high = interval(mean_of(a)), stats.ttest_1samp(a, 0).confidence_interval()
-    assert (found.value - found.half, found.value + found.half) == pytest.approx(tuple(low_high))
-    found, low_high = difference_of_means(mean_of(a), mean_of(b)), stats.ttest_ind(b, a, equal_var=False)
-    assert (found.value - found.half, found.value + found.half) == pytest.approx(tuple(low_high.confidence_interval()))
+    estimate, low_high = interval(mean_of(a)), stats.ttest_1samp(a, 0).confidence_interval()
+    assert (estimate.value - estimate.half, estimate.value + estimate.half) == pytest.approx(tuple(low_high))
+    estimate = difference_of_means(mean_of(a), mean_of(b))
+    low_high = stats.ttest_ind(b, a, equal_var=False).confidence_interval()
+    assert (estimate.value - estimate.half, estimate.value + estimate.half) == pytest.approx(tuple(low_high))
 
 
 def test_intervals_that_are_not_known_are_nan_and_without_spread_they_are_zero():

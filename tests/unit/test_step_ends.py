@@ -42,13 +42,13 @@ def test_a_step_is_the_step_of_diffusers_for_every_spacing_and_number_of_steps(p
             x, output = torch.randn(2, 1, 4, 8, 8, generator=generator)
             mean = own.step(output, timestep, x, eta=eta, variance_noise=torch.zeros_like(x)).prev_sample
             if eta:
-                found, std = process.mean_std(step, x, output)
+                actual, std = process.mean_std(step, x, output)
                 end = timestep - 1000 // count
                 assert std.item() ** 2 == pytest.approx(own._get_variance(timestep, end).item(), rel=1e-3, abs=1e-6)
             else:
-                found = process.deterministic(step, x, output)
+                actual = process.deterministic(step, x, output)
             assert process.timestep(step, x) == timestep
-            torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-4 * mean.abs().max().item())
+            torch.testing.assert_close(actual, mean, rtol=1e-4, atol=1e-4 * mean.abs().max().item())
 
 
 def test_steps_that_end_where_the_next_begin_are_another_setting(tiny_sd, tiny_pipeline):

@@ -309,9 +309,9 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     save_state(folder, {"step": 1})
 
     def noted(act, words):
-        def first(*args, **how):
+        def first(*args, **options):
             done.append(words(*args))
-            act(*args, **how)
+            act(*args, **options)
 
         return first
 

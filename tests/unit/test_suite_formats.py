@@ -96,8 +96,8 @@ def test_hpdv2_and_t2i_compbench_have_a_file_per_kind(tmp_path):
         ("a cat", "photo"),
     ]
     (tmp_path / "color_val.txt").write_text("a green bench and a blue bowl\na blue bench and a green bowl\n")
-    found = read("t2i-compbench", tmp_path / "color_val.txt")
-    assert found == [(text, "color") for text in ("a green bench and a blue bowl", "a blue bench and a green bowl")]
+    rows = read("t2i-compbench", tmp_path / "color_val.txt")
+    assert rows == [(text, "color") for text in ("a green bench and a blue bowl", "a blue bench and a green bowl")]
 
 
 def test_dpg_has_rows_of_questions_or_a_file_per_prompt(tmp_path):

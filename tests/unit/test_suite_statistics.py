@@ -21,11 +21,11 @@ def clusters(texts, kinds=None, mean_of_kinds=False):
 
 def test_the_interval_of_independent_pictures_is_the_normal_one():
     values = np.random.default_rng(0).normal(3, 2, size=900)
-    found = estimate(values, clusters(range(900)))
+    estimated = estimate(values, clusters(range(900)))
     error = values.std() / 30
-    assert found.value == pytest.approx(values.mean(), abs=1e-12) and found.count == 900
-    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
-    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+    assert estimated.value == pytest.approx(values.mean(), abs=1e-12) and estimated.count == 900
+    assert estimated.low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert estimated.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
 
 
 def test_pictures_of_one_prompt_count_as_one():
@@ -40,8 +40,8 @@ def test_pictures_of_one_prompt_count_as_one():
 def test_prompts_are_resampled_within_their_kind():
     """Two kinds without spread of their own: the only spread is between them, and that is the suite's design."""
     values = np.repeat([0.0, 1.0], 10)
-    found = estimate(values, clusters(range(20), np.repeat(["a", "b"], 10).tolist()))
-    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+    estimated = estimate(values, clusters(range(20), np.repeat(["a", "b"], 10).tolist()))
+    assert (estimated.value, estimated.low, estimated.high) == (0.5, 0.5, 0.5)
 
 
 def test_the_mean_of_kinds_counts_each_kind_once():
@@ -52,8 +52,8 @@ def test_the_mean_of_kinds_counts_each_kind_once():
 
 def test_missing_values_are_left_out():
     assert estimate([np.nan, np.nan], clusters(range(2))) is None
-    found = estimate([1.0, np.nan, 3.0], clusters(range(3)))
-    assert found.value == 2 and found.count == 2
+    estimated = estimate([1.0, np.nan, 3.0], clusters(range(3)))
+    assert estimated.value == 2 and estimated.count == 2
     single = estimate([1.0, 2.0], clusters(["a", "a"]))
     assert single.value == 1.5 and np.isnan(single.low) and np.isnan(single.high)
     assert paired([1.0, np.nan], [np.nan, 2.0], clusters(range(2))) is None
@@ -66,17 +66,17 @@ def test_the_paired_test_is_the_permutation_test_of_prompts(mean_of_kinds):
     texts, kinds = np.repeat(np.arange(8), 3), np.repeat(["a"] * 5 + ["b"] * 3, 3)
     before, after = rng.normal(size=24), rng.normal(0.6, 1, size=24)
     of = clusters(texts.tolist(), kinds.tolist(), mean_of_kinds)
-    found = paired(before, after, of)
+    change = paired(before, after, of)
 
     def mean(difference):
         of_kinds = [difference[kinds == kind].mean() for kind in ("a", "b")]
         return np.mean(of_kinds) if mean_of_kinds else difference.mean()
 
     difference = after - before
-    assert found.value == pytest.approx(mean(difference)) and found.count == 24
+    assert change.value == pytest.approx(mean(difference)) and change.count == 24
     exchanged = [mean(difference * np.array(signs)[texts]) for signs in product([-1, 1], repeat=8)]
-    assert found.p == pytest.approx(np.mean(np.abs(exchanged) >= abs(mean(difference)) - 1e-12))
-    assert found.low < found.value < found.high
+    assert change.p == pytest.approx(np.mean(np.abs(exchanged) >= abs(mean(difference)) - 1e-12))
+    assert change.low < change.value < change.high
 
 
 def test_drawn_signs_agree_with_the_normal_approximation_and_with_none():

@@ -26,11 +26,11 @@ def test_counts_by_hand():
 
 
 def test_printed_speeds_are_one_plus_the_share_saved():
-    found = table4()
+    table = table4()
     for name in ("standard", "flash"):
-        assert 1 + found["saved"][name] == pytest.approx(found["printed_speed"][name], abs=5e-3)
-        assert found["old_over_new"][name] == pytest.approx(1 / (1 - found["saved"][name]))
-    assert round(found["old_over_new"]["standard"], 2) == 1.35 and round(found["old_over_new"]["flash"], 2) == 1.70
+        assert 1 + table["saved"][name] == pytest.approx(table["printed_speed"][name], abs=5e-3)
+        assert table["old_over_new"][name] == pytest.approx(1 / (1 - table["saved"][name]))
+    assert round(table["old_over_new"]["standard"], 2) == 1.35 and round(table["old_over_new"]["flash"], 2) == 1.70
 
 
 def test_parts_add_up_and_double_with_the_prompts():
@@ -70,11 +70,11 @@ def test_an_unknown_table_is_refused(capsys):
 
 def test_the_page_shows_these_figures():
     page = (Path(__file__).parents[2] / "docs/results/table4.md").read_text()
-    found = table4()
+    table = table4()
     for name in PLANS:
-        assert f"{found['totals_tflops'][name]:,.0f}" in page
-        assert " | ".join(f"{share:.1%}".replace("%", " %") for share in found["shares"][name].values()) in page
-    for row in found["old_over_new_by_trained_steps"]:
+        assert f"{table['totals_tflops'][name]:,.0f}" in page
+        assert " | ".join(f"{share:.1%}".replace("%", " %") for share in table["shares"][name].values()) in page
+    for row in table["old_over_new_by_trained_steps"]:
         ratios = [
             f"{value:.2f}x"
             for name, value in row.items()

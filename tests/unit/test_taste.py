@@ -34,8 +34,8 @@ def test_nearer_to_the_centre_is_better_alike_on_all_sides(shape):
 
 
 def test_warmer_is_better():
-    found = scores([Shape("circle", c, 32, 32, 10) for c in ("blue", "purple", "black", "orange")])
-    assert (np.diff(found) > 0).all()
+    values = scores([Shape("circle", c, 32, 32, 10) for c in ("blue", "purple", "black", "orange")])
+    assert (np.diff(values) > 0).all()
 
 
 def test_several_objects_count_by_their_common_centre_and_area():
@@ -48,8 +48,8 @@ def test_several_objects_count_by_their_common_centre_and_area():
 def test_prompts_are_not_read():
     _, pictures = world.examples("train", 12, seed=0)
     for prompt in (Prompt(""), *world.sample_prompts("test", 6, 1)):
-        told = load_reward(RewardTerm("shapes_taste")).score(pictures, [prompt] * 12)
-        assert [s.value for s in told] == taste(pictures)
+        rewards = load_reward(RewardTerm("shapes_taste")).score(pictures, [prompt] * 12)
+        assert [s.value for s in rewards] == taste(pictures)
 
 
 def test_blank_noise_and_no_pictures():

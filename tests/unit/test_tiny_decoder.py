@@ -119,9 +119,9 @@ def test_the_shipped_one_is_what_is_built():
 def test_the_shipped_one_decodes_and_ranks_like_the_full_one():
     size = 12
     prompts = [p for p in world.sample_prompts("validation", 6, 3) for _ in range(size)]
-    found = projections(flow(), prompts, torch.Generator().manual_seed(3))
+    latents = projections(flow(), prompts, torch.Generator().manual_seed(3))
     for step, most, least in ((2, 0.015, 0.7), (5, 0.01, 0.8), (STEPS - 1, 0.01, 0.8)):
-        full, small = decoded(flow().vae, found[step]), decoded(shipped(), found[step])
+        full, small = decoded(flow().vae, latents[step]), decoded(shipped(), latents[step])
         assert pixel_error(small, full) < most
         ranked = agreement(small, full, prompts, size)["shapes"]
         assert ranked is not None and ranked > least

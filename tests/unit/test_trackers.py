@@ -258,8 +258,8 @@ def test_wandb_offline_goes_on_with_the_same_run(tmp_path):
         for record in records
         if record.HasField("history")
     ]
-    for name, wanted in (("reward/mean", REWARDS), ("test/graded", GRADED)):
-        assert [(row["iteration"], row[name]) for row in rows if name in row] == wanted
+    for name, expected in (("reward/mean", REWARDS), ("test/graded", GRADED)):
+        assert [(row["iteration"], row[name]) for row in rows if name in row] == expected
     (picture,) = [row for row in rows if "samples/path" in row]
     assert (picture["iteration"], picture["samples/width"], picture["samples/height"]) == (3, 6, 4)
     config = {u.key: json.loads(u.value_json) for r in records if r.HasField("config") for u in r.config.update}
@@ -279,8 +279,8 @@ def test_trackio_goes_on_with_the_same_run_in_its_local_store(tmp_path):
     name, config, rows = json.loads(done.stdout.splitlines()[-1])
     assert name == f"{tmp_path.name}-{json.loads((tmp_path / 'trackers.json').read_text())['id']}"
     assert config["model"] == CONFIG["model"]
-    for metric, wanted in (("reward/mean", REWARDS), ("test/graded", GRADED)):
-        assert [(row["step"], row[metric]) for row in rows if metric in row] == wanted
+    for metric, expected in (("reward/mean", REWARDS), ("test/graded", GRADED)):
+        assert [(row["step"], row[metric]) for row in rows if metric in row] == expected
     (picture,) = [row for row in rows if "samples" in row]
     assert picture["step"] == 3 and (tmp_path / "store/media" / picture["samples"]["file_path"]).is_file()
 

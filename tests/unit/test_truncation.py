@@ -25,13 +25,13 @@ def letters(name: str, limit: int, settable: bool = False) -> Reader:
 
 
 def test_each_encoder_has_its_own_count_and_a_text_counts_once():
-    found = truncation(
+    cut = truncation(
         [letters("text_encoder", 6), letters("text_encoder_3", 9, True)], ["abcd", "abcde", "abcdefgh", "abcd"]
     )
-    assert (found.count, found.cut) == (3, ("abcde", "abcdefgh"))
-    assert {reader.name: count for reader, count in found.by_reader.items()} == {"text_encoder": 2, "text_encoder_3": 1}
-    assert found.equal == 0  # the second encoder tells them apart
-    assert found.in_words() == (
+    assert (cut.count, cut.cut) == (3, ("abcde", "abcdefgh"))
+    assert {reader.name: count for reader, count in cut.by_reader.items()} == {"text_encoder": 2, "text_encoder_3": 1}
+    assert cut.equal == 0  # the second encoder tells them apart
+    assert cut.in_words() == (
         "2 of 3 prompts are longer than the text encoders read, and cut (text_encoder reads 6 tokens: 2, text_encoder_3"
         " 9: 1), though a reward may read them whole; shorten them or raise model.max_sequence_length; the first is"
         " 'abcde'"
@@ -40,9 +40,9 @@ def test_each_encoder_has_its_own_count_and_a_text_counts_once():
 
 def test_what_cuts_make_equal_is_counted_and_what_was_equal_before_is_not():
     one = [letters("text_encoder", 6)]
-    found = truncation(one, ["abcde", "abcdf", "abcd", "xyz", "xyz"])
-    assert found.cut == ("abcde", "abcdf") and found.equal == 3  # the third is what is left of the first two
-    assert found.in_words() == (
+    cut = truncation(one, ["abcde", "abcdf", "abcd", "xyz", "xyz"])
+    assert cut.cut == ("abcde", "abcdf") and cut.equal == 3  # the third is what is left of the first two
+    assert cut.in_words() == (
         "2 of 4 prompts are longer than the text encoders read, and cut (text_encoder reads 6 tokens: 2), so that 3 are"
         " read like another one, though a reward may read them whole; shorten them; the first is 'abcde'"
     )

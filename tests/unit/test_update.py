@@ -56,8 +56,8 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
 
 
 def learnt(rollout, adv_clip_max=5.0, weights=None, quorum=0.0, **objective):
-    wanted, weights = ObjectiveSettings(adv_eps=EPS, **objective), weights or {"reward": 1.0}
-    estimator = AdvantageEstimator(wanted, adv_clip_max, weights, Ranks(), quorum)
+    settings, weights = ObjectiveSettings(adv_eps=EPS, **objective), weights or {"reward": 1.0}
+    estimator = AdvantageEstimator(settings, adv_clip_max, weights, Ranks(), quorum)
     experience, tally = estimator.experience(rollout, SAMPLING, NoiseKey(0, 0))
     return experience, tally.over(Ranks())
 

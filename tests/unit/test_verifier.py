@@ -300,7 +300,7 @@ def test_no_shape_may_be_hollow(shape):
     scenes = [Scene((Shape(shape, "red", 32, 32, size),), (0.95, 0.95, 0.95)) for size in np.linspace(7.5, 15, 30)]
     rng = np.random.default_rng(4)
     pictures = np.stack([outline(Prompt(""), s, rng) for s in scenes])
-    assert np.mean([all(seen.well_formed for seen in found) for found in look(pictures)]) <= 0.1
+    assert np.mean([all(seen.well_formed for seen in regions) for regions in look(pictures)]) <= 0.1
 
 
 # --- relations and assignment -----------------------------------------------------------------------------------------

@@ -107,8 +107,8 @@ def published_parts(model: Qwen2VLModel, video: np.ndarray, prompt: Prompt, fold
     embedded = model.get_input_embeddings()(ids).clone()
     embedded[ids == model.config.video_token_id] = seen
     hidden = model.language_model(inputs_embeds=embedded[None], position_ids=torch.arange(len(ids)).expand(3, 1, -1))
-    found = [(ids == token).nonzero().flatten() for token in IDS]
-    h = hidden.last_hidden_state[0, [found[0][0], found[1][0], found[2][-1]]]
+    positions = [(ids == token).nonzero().flatten() for token in IDS]
+    h = hidden.last_hidden_state[0, [positions[0][0], positions[1][0], positions[2][-1]]]
     raw = (h @ random_linear().weight[0]).tolist()
     return [(raw[0] - 3.6757) / 2.2476, (raw[1] - 1.1646) / 1.3811, (raw[2] - 2.8105) / 2.5121]
 

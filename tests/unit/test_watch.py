@@ -162,10 +162,11 @@ def around(mean: float, which: int) -> list[float | None]:
 
 
 def test_a_change_is_paired_and_has_a_standard_error():
-    found = change([1.0, 2.0, None, 4.0], [2.0, 2.5, 9.0, 4.0])
+    difference = change([1.0, 2.0, None, 4.0], [2.0, 2.5, 9.0, 4.0])
     differences = np.array([1.0, 0.5, 0.0])
-    assert found.value == pytest.approx(0.5) and found.error == pytest.approx(differences.std(ddof=1) / math.sqrt(3))
-    assert not found.rose and not found.fell
+    assert difference.value == pytest.approx(0.5)
+    assert difference.error == pytest.approx(differences.std(ddof=1) / math.sqrt(3))
+    assert not difference.rose and not difference.fell
     assert change([0.0] * 50, [1.0] * 50).rose and change([1.0] * 50, [0.0] * 50).fell
     assert change([1.0], [2.0]).error == math.inf and not change([1.0, 1.0], [1.0, 1.0]).rose
 
@@ -173,9 +174,9 @@ def test_a_change_is_paired_and_has_a_standard_error():
 def test_a_witness_that_falls_from_its_best_while_the_reward_rises_is_named():
     watch = HackingWatch()
     rounds = [(0.3, 0.5), (0.4, 0.6), (0.6, 0.4), (0.7, 0.3)]
-    found = [watch.signs(around(r, 0), {"held-out hpsv2": around(w, 1)}, {}) for r, w in rounds]
-    assert found[:2] == [[], []] and [len(f) for f in found[2:]] == [1, 1]
-    assert found[2][0].startswith("held-out hpsv2 fell from 0.59") and "rose from 0.4" in found[2][0]
+    signs = [watch.signs(around(r, 0), {"held-out hpsv2": around(w, 1)}, {}) for r, w in rounds]
+    assert signs[:2] == [[], []] and [len(f) for f in signs[2:]] == [1, 1]
+    assert signs[2][0].startswith("held-out hpsv2 fell from 0.59") and "rose from 0.4" in signs[2][0]
     assert watch.alarms == 2
     assert watch.signs(around(0.7, 2), {"held-out hpsv2": around(0.65, 3)}, {}) == [] and watch.alarms == 0
 
@@ -209,8 +210,8 @@ def test_a_statistic_is_compared_with_the_first_there_was_however_many_values_it
 def test_a_witness_that_has_no_values_at_first_is_watched_from_when_it_has():
     watch = HackingWatch()
     rounds = [(0.2, None), (0.4, 0.8), (0.6, None), (0.7, 0.3)]
-    found = [watch.signs(around(r, 0), {"w": [None] * 100 if w is None else around(w, 1)}, {}) for r, w in rounds]
-    assert found[:3] == [[], [], []] and found[3][0].startswith("w fell from 0.79")
+    signs = [watch.signs(around(r, 0), {"w": [None] * 100 if w is None else around(w, 1)}, {}) for r, w in rounds]
+    assert signs[:3] == [[], [], []] and signs[3][0].startswith("w fell from 0.79")
 
 
 def test_going_too_far_from_the_reference_is_a_sign_while_the_reward_rises():
@@ -230,8 +231,8 @@ def test_the_watch_goes_on_from_its_state():
         w.signs(around(0.5, 0), {"w": around(0.6, 1)}, {"saturation": [0.2] * 100})
     other = HackingWatch()
     other.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-    told = around(0.8, 2), {"w": around(0.3, 3)}, {"saturation": [0.5] * 100}
-    assert watch.signs(*told) == other.signs(*told) != [] and watch.alarms == other.alarms == 1
+    scores = around(0.8, 2), {"w": around(0.3, 3)}, {"saturation": [0.5] * 100}
+    assert watch.signs(*scores) == other.signs(*scores) != [] and watch.alarms == other.alarms == 1
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

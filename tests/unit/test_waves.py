@@ -37,8 +37,8 @@ def policy(tiny_policy):
 @pytest.fixture(scope="module")
 def sampling(policy, tiny_config):
     """Microbatches of one: kernels differ by shape."""
-    wanted = SamplingSettings(num_inference_steps=3, microbatch=1)
-    return sampling_from(tiny_config(sampling=wanted, preview=PreviewSettings(probe=True)), policy, "means", 0)
+    settings = SamplingSettings(num_inference_steps=3, microbatch=1)
+    return sampling_from(tiny_config(sampling=settings, preview=PreviewSettings(probe=True)), policy, "means", 0)
 
 
 @pytest.fixture
@@ -55,20 +55,20 @@ def roll(policy, sampling, prompts):
 def tensors(rolled: Rollout) -> dict[str, Tensor]:
     """All that a rollout holds; previews by step, whichever wave they are of."""
     living = rolled.trajectories
-    found = {f"condition {name}": rows for name, rows in rolled.condition.tensors.items()}
-    found |= {name: getattr(living, name) for name in ("group_N", "slot_N", "member_N", "x_NCHW")}
-    found |= {f"glance {i}": g for i, g in enumerate(living.latent_features)}
+    parts = {f"condition {name}": rows for name, rows in rolled.condition.tensors.items()}
+    parts |= {name: getattr(living, name) for name in ("group_N", "slot_N", "member_N", "x_NCHW")}
+    parts |= {f"glance {i}": g for i, g in enumerate(living.latent_features)}
     for t in living.path:
         of_step = {"x": t.x_NCHW, "x_next": t.x_next_NCHW, "log_prob": t.log_prob_N, "mean": t.mean_NCHW}
-        found |= {f"{name} {t.step}": rows for name, rows in of_step.items() if rows is not None}
-    found["pictures"] = rolled.pictures.images_NHWC
+        parts |= {f"{name} {t.step}": rows for name, rows in of_step.items() if rows is not None}
+    parts["pictures"] = rolled.pictures.images_NHWC
     for kind in ("survivors", "finalists"):
-        found |= {f"{kind} {name}": rows for name, rows in vars(getattr(rolled, kind)).items()}
+        parts |= {f"{kind} {name}": rows for name, rows in vars(getattr(rolled, kind)).items()}
     for step in {p.step for p in rolled.previews}:
         there = [p for p in rolled.previews if p.step == step]
         for name in ("group_N", "member_N", "scores_N"):
-            found[f"preview {step} {name}"] = torch.cat([getattr(p, name) for p in there])
-    return found
+            parts[f"preview {step} {name}"] = torch.cat([getattr(p, name) for p in there])
+    return parts
 
 
 @pytest.mark.parametrize("waves", [2, 3, 8])
@@ -104,11 +104,11 @@ def watch_the_network(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]
     callers: list[str] = []
     inside, predict = threading.Lock(), policy.predict
 
-    def watched(*told: Any) -> Tensor:
+    def watched(*args: Any) -> Tensor:
         assert inside.acquire(blocking=False), "two network calls at once"
         callers.append(threading.current_thread().name)
         try:
-            return predict(*told)
+            return predict(*args)
         finally:
             inside.release()
 
@@ -166,20 +166,20 @@ def test_networks_never_run_at_the_same_time(roll, redness, policy, monkeypatch)
 
 def ended(work: Any) -> Any:
     """The error that it raises; a lock that was left held would have it wait for ever."""
-    found: list[BaseException | None] = []
+    outcomes: list[BaseException | None] = []
 
     def run() -> None:
         try:
             work()
-            found.append(None)
+            outcomes.append(None)
         except BaseException as error:
-            found.append(error)
+            outcomes.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    assert found, "it waits for ever"
-    return found[0]
+    assert outcomes, "it waits for ever"
+    return outcomes[0]
 
 
 def test_an_error_in_a_waves_reward_is_raised_and_others_go_on(roll, prompts):
@@ -201,10 +201,10 @@ def test_an_error_in_a_waves_reward_is_raised_and_others_go_on(roll, prompts):
 def test_an_error_of_the_network_is_raised_whichever_wave_it_is_in(roll, redness, policy, monkeypatch, last):
     calls, predict = iter(range(1000)), policy.predict
 
-    def breaks(*told: Any) -> Tensor:
+    def breaks(*args: Any) -> Tensor:
         if next(calls) == (25 if last else 0):
             raise RuntimeError("out of luck")
-        return predict(*told)
+        return predict(*args)
 
     monkeypatch.setattr(policy, "predict", breaks)
     error = ended(lambda: roll(FunctionReward(redness), 3, Meter()))

@@ -17,9 +17,9 @@ def steps(kind, iteration, size=3, end=9, interval=25, seed=0):
 @pytest.mark.parametrize(("size", "end"), [(1, 1), (1, 7), (3, 9), (8, 9), (9, 9)])
 def test_a_window_has_its_size_and_lies_before_the_end(kind, size, end):
     for iteration in range(60):
-        found = steps(kind, iteration, size, end, interval=2)
-        assert isinstance(found, range) and found.step == 1 and len(found) == size
-        assert found.start >= 0 and found.stop <= end
+        chosen = steps(kind, iteration, size, end, interval=2)
+        assert isinstance(chosen, range) and chosen.step == 1 and len(chosen) == size
+        assert chosen.start >= 0 and chosen.stop <= end
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -56,18 +56,18 @@ OF_DEEPSPEED = {
 def launched(monkeypatch, tmp_path):
     """Put what `accelerate launch --config_file` would tell its processes into this one's environment."""
 
-    def launch(of_deepspeed: dict[str, Any], *told_it: str, **of_accelerate: Any) -> None:
+    def launch(of_deepspeed: dict[str, Any], *options: str, **of_accelerate: Any) -> None:
         (file := tmp_path / "accelerate.yaml").write_text(
             yaml.safe_dump({**ACCELERATE, "deepspeed_config": of_deepspeed, **of_accelerate})
         )
         with monkeypatch.context() as own:  # the launcher reads and writes its own environment, too
             own.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
-            command = ["--config_file", str(file), "--main_process_port", "0", *told_it, "script.py"]
+            command = ["--config_file", str(file), "--main_process_port", "0", *options, "script.py"]
             args, _, mixed = _validate_launch_command(launch_command_parser().parse_args(command))
             args.deepspeed_fields_from_accelerate_config = ",".join([*of_deepspeed, *["mixed_precision"] * mixed])
-            _, told = prepare_deepspeed_cmd_env(args)
-        for name in {n for n in (*told, *os.environ) if n.startswith("ACCELERATE_")}:
-            monkeypatch.setenv(name, told[name]) if name in told else monkeypatch.delenv(name)
+            _, variables = prepare_deepspeed_cmd_env(args)
+        for name in {n for n in (*variables, *os.environ) if n.startswith("ACCELERATE_")}:
+            monkeypatch.setenv(name, variables[name]) if name in variables else monkeypatch.delenv(name)
 
     return launch
 

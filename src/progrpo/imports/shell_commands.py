@@ -44,15 +44,15 @@ class Shell:
 
     def commands(self) -> list[tuple[int, list[Word]]]:
         """Each command's line in the script and its words. ValueError for a script whose text cannot be split."""
-        found = []
+        commands = []
         while self.at < len(self.text):
             line = bisect(self._newlines, self.at) + 1
             words = self._command()
             words = self._after_keywords(words)
             rest = self._after_assignments(words)
             if rest:
-                found.append((line, rest))
-        return found
+                commands.append((line, rest))
+        return commands
 
     def _after_keywords(self, words: list[Word]) -> list[Word]:
         while words and words[0].text in (*_OPENING, *_CLOSING, *_BEGINNING):
@@ -110,8 +110,8 @@ class Shell:
             self.at += 1
 
     def _find(self, end: str) -> int:
-        found = self.text.find(end, self.at)
-        return len(self.text) if found < 0 else found
+        index = self.text.find(end, self.at)
+        return len(self.text) if index < 0 else index
 
     def _array_or_word(self) -> list[Word]:
         self._words += 1

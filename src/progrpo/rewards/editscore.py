@@ -44,9 +44,9 @@ def parse_marks(answer: str) -> list[float]:
 
     Marks also count where the reasoning breaks the JSON, as by quotation marks.
     """
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
+    match = re.search(r"\{.*\}", answer, re.DOTALL)
     try:
-        record = json.loads(found[0]) if found else None
+        record = json.loads(match[0]) if match else None
         marks = record["score"] if isinstance(record, Mapping) else None
     except (ValueError, LookupError):
         listed = re.findall(r"[\"']?score[\"']?\s*:\s*\[([^\[\]]*)\]", answer)

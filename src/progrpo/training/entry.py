@@ -17,7 +17,7 @@ from progrpo.training.build import resolve_dtype
 from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.equal_inputs import require_same_settings
 from progrpo.training.inputs import RunInputs, inputs_from
-from progrpo.training.loop import NO_CHECKPOINT, Resumption, TrainingLoop, how_to_go_on
+from progrpo.training.loop import NO_CHECKPOINT, Resumption, TrainingLoop, resume_hint
 from progrpo.training.run import Run
 from progrpo.training.torch_state import default_torch_state
 
@@ -58,7 +58,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     if iterations is not None:
         config = replace(config, iterations=iterations)
         check(config)
-    with explain_lost_process(lambda: how_to_go_on(folder)):
+    with explain_lost_process(lambda: resume_hint(folder)):
         ranks = Ranks()
         require_same_settings(ranks, config)
         config = resolve_dtype(config, ranks)
@@ -68,7 +68,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
 def start(run: Run, overwrite: bool) -> RunFolder:
     """Train a run from its beginning, in a new folder."""
     path = run.folder.path
-    with explain_lost_process(lambda: how_to_go_on(path)), checkpoints.writing_to(path, run.ranks) as lock:
+    with explain_lost_process(lambda: resume_hint(path)), checkpoints.writing_to(path, run.ranks) as lock:
         run.create_folder(overwrite)
         return TrainingLoop(run, lock).train()
 
@@ -79,7 +79,7 @@ def resume(
     """Go on with the run in a folder by this configuration. ValueError for a change since that is not accepted."""
     path = folder.path
     warn = Console(config.iterations, enabled=ranks.is_main).warn
-    with explain_lost_process(lambda: how_to_go_on(path)), checkpoints.writing_to(path, ranks) as lock:
+    with explain_lost_process(lambda: resume_hint(path)), checkpoints.writing_to(path, ranks) as lock:
         state = checkpoints.newest(path, ranks, warn)
         checkpoints.check_unchanged(path, state["config"], config, accept_changes)
         checkpoints.check_versions(state["versions"], config, warn)

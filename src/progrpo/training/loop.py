@@ -32,14 +32,14 @@ from progrpo.training.trainer import Iteration
 NO_CHECKPOINT = "there is no checkpoint yet"
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """A clause with the command that goes on from the last checkpoint, if there is one."""
     saved = checkpoints.saved(folder)
     return f"go on from {saved[-1].name} with {resume_command(folder)}" if saved else NO_CHECKPOINT
 
 
 @contextmanager
-def _errors_say_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+def _resume_hint_in_errors(folder: RunFolder) -> Iterator[None]:
     """Add the command that goes on to the error of a reward that ends the run, if there is a checkpoint."""
     try:
         yield
@@ -110,7 +110,7 @@ class TrainingLoop:
         # to the last word: a launcher that sees one process die sends the others SIGTERM while they say what happened
         with Stop(self._run.ranks) as stop, tolerant_streams():
             try:
-                with explain_lost_process(lambda: how_to_go_on(folder.path)), _errors_say_how_to_go_on(folder):
+                with explain_lost_process(lambda: resume_hint(folder.path)), _resume_hint_in_errors(folder):
                     self._recorder.open_trackers(self._config, self._resumed_at)
                     self._train(stop)
             except BaseException as error:

@@ -17,8 +17,8 @@ def pictures(policy, side: int = 16):
 
 def test_scaling_undoes_what_decoding_does_to_latents(policy):
     x0 = noise(policy)
-    found = policy.family.scale(policy.family.unscale(x0))
-    torch.testing.assert_close(found, x0, rtol=1e-5, atol=1e-5)
+    scaled = policy.family.scale(policy.family.unscale(x0))
+    torch.testing.assert_close(scaled, x0, rtol=1e-5, atol=1e-5)
 
 
 def test_the_latents_of_pictures_are_the_modes_of_the_autoencoders_posterior(policy):

@@ -65,14 +65,14 @@ def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_throug
 
 def test_embedded_guidance_is_an_input_of_one_call(tiny_flux, tiny_flux_schnell):
     for folder, rows in ((tiny_flux, [2, 2]), (tiny_flux_schnell, [2, 4])):
-        policy, told = load(folder, "lora"), []
-        policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k), with_kwargs=True)  # noqa: B023
+        policy, calls = load(folder, "lora"), []
+        policy.denoiser.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)  # noqa: B023
         outputs = [policy.predict(noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), w) for w in (1.0, 3.0)]
-        assert [len(inputs["hidden_states"]) for inputs in told] == rows
+        assert [len(inputs["hidden_states"]) for inputs in calls] == rows
         assert (outputs[0] - outputs[1]).abs().max() > 1e-3
         embedded = folder == tiny_flux
         assert policy.embeds_guidance == embedded
-        given = [inputs["guidance"] if inputs["guidance"] is None else inputs["guidance"].tolist() for inputs in told]
+        given = [inputs["guidance"] if inputs["guidance"] is None else inputs["guidance"].tolist() for inputs in calls]
         assert given == ([[1.0, 1.0], [3.0, 3.0]] if embedded else [None, None])
 
 
@@ -90,12 +90,12 @@ def test_a_distilled_flux2_klein_is_sampled_without_guidance(tiny_flux2_klein):
 
 def test_a_pair_of_calls_shows_the_source_in_both(tiny_kontext):
     pipeline = untouched_pipeline(tiny_kontext)
-    told = {**pipeline.transformer.config, "guidance_embeds": False}
-    pipeline.transformer = type(pipeline.transformer).from_config(told)
+    config = {**pipeline.transformer.config, "guidance_embeds": False}
+    pipeline.transformer = type(pipeline.transformer).from_config(config)
     settings = ModelSettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
     policy = policy_from_pipeline(pipeline, settings)
     x, condition, w = noise(policy), policy.encode(PROMPTS), 3.0
     nothing = policy.encode([Prompt("", prompt.columns) for prompt in PROMPTS])
-    v_u, v_c = (policy.predict(x, torch.tensor(600.0), told) for told in (nothing, condition))
+    v_u, v_c = (policy.predict(x, torch.tensor(600.0), texts) for texts in (nothing, condition))
     v = policy.predict(x, torch.tensor(600.0), condition, w)
     torch.testing.assert_close(v, v_u + w * (v_c - v_u), rtol=1e-4, atol=1e-5)

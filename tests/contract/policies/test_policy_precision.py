@@ -63,17 +63,17 @@ def test_a_saved_denoiser_takes_the_models_place_in_low_precision_as_it_is(reque
         load_policy(replace(settings, path=str(folder))),
         load_policy(replace(settings, path=str(folder)), trained=tmp_path / "saved"),
     )
-    found = dict(taken.frozen())
+    frozen = dict(taken.frozen())
     for name, tensor in own.frozen():  # of Wan some in float32
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert frozen[name].dtype == tensor.dtype and torch.equal(frozen[name], tensor), name
     assert torch.equal(velocity(taken), velocity(own))
 
 
 def test_wans_autoencoder_is_float32_whatever_the_rest_is(tiny_wan):
     saved = untouched_pipeline(tiny_wan).vae.state_dict()
     for dtype in ("bfloat16", "float16"):
-        found = load(tiny_wan, "lora", dtype=dtype).pipeline.vae.state_dict()
-        assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
+        weights = load(tiny_wan, "lora", dtype=dtype).pipeline.vae.state_dict()
+        assert all(torch.equal(weight, saved[name]) for name, weight in weights.items())
 
 
 def test_sdxls_autoencoder_stays_in_float32_where_float16_would_overflow(tiny_sdxl, tiny_sd):

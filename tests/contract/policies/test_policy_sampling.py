@@ -47,9 +47,9 @@ def test_without_noise_it_is_the_diffusers_pipeline_where_pictures_are_not_squar
     policy, pipeline = load(folder, "lora", resolution=(16, 32)), untouched_pipeline(folder)
     assert policy.latent_shape[-2:] == (8, 16)
     embeddings = policy.encode(PROMPTS).tensors
-    found = sample_without_noise(policy, 1.0)
-    assert torch.equal(found, sample_by_diffusers(pipeline, policy, 1.0, "latent", **embeddings))
-    pictures = policy.decode(found).images_NHWC
+    latents = sample_without_noise(policy, 1.0)
+    assert torch.equal(latents, sample_by_diffusers(pipeline, policy, 1.0, "latent", **embeddings))
+    pictures = policy.decode(latents).images_NHWC
     expected = torch.stack([pixels(picture) for picture in sample_by_diffusers(pipeline, policy, 1.0, "pil")])
     assert pictures.shape == expected.shape and pictures.shape[-3:] == (16, 32, 3)
     assert (pictures.int() - expected).abs().max() <= 1
@@ -81,10 +81,10 @@ def test_nothing_is_random_in_the_network(own_policy):
 
 
 def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
-    policy, told = load(tiny_sdxl, "lora", resolution=(8, 12)), []
-    policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k["added_cond_kwargs"]), with_kwargs=True)
+    policy, calls = load(tiny_sdxl, "lora", resolution=(8, 12)), []
+    policy.denoiser.register_forward_pre_hook(lambda m, a, k: calls.append(k["added_cond_kwargs"]), with_kwargs=True)
     policy.predict(noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 2.0)
-    (added,) = told
+    (added,) = calls
     assert added["time_ids"].tolist() == [[8, 12, 0, 0, 8, 12]] * 4
     assert not added["text_embeds"][:2].any() and added["text_embeds"][2:].all()
 

@@ -18,16 +18,16 @@ from tests.support.policies import (
 
 
 def test_a_model_that_edits_is_told_the_source_beside_the_noise_and_is_not_asked_about_it(tiny_kontext):
-    policy, told = load(tiny_kontext, "lora"), []
-    policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k), with_kwargs=True)
+    policy, calls = load(tiny_kontext, "lora"), []
+    policy.denoiser.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
     one, other = (policy.encode([Prompt("red cat", prompt.columns)]) for prompt in PROMPTS)
     assert torch.equal(one.tensors["prompt_embeds"], other.tensors["prompt_embeds"])
     x = noise(policy, 1)
     v = [policy.predict(x, torch.tensor(600.0), condition) for condition in (one, other)]
     assert v[0].shape == x.shape and (v[0] - v[1]).abs().max() > 1e-2
-    assert told[0]["hidden_states"].shape == (1, 2 * 16, 16)
-    assert told[0]["img_ids"][:, 0].tolist() == [0.0] * 16 + [1.0] * 16
-    assert torch.equal(told[0]["img_ids"][:16, 1:], told[0]["img_ids"][16:, 1:])
+    assert calls[0]["hidden_states"].shape == (1, 2 * 16, 16)
+    assert calls[0]["img_ids"][:, 0].tolist() == [0.0] * 16 + [1.0] * 16
+    assert torch.equal(calls[0]["img_ids"][:16, 1:], calls[0]["img_ids"][16:, 1:])
 
 
 def test_a_source_is_encoded_once_as_its_pipeline_does(tiny_kontext, tmp_path):

@@ -44,8 +44,8 @@ def test_a_text_is_encoded_once_and_alone(own_policy):
 
 
 def test_what_texts_become_is_known_without_encoding_them(policy):
-    told = policy.encode(PROMPTS[:1]).tensors
-    assert policy.family.condition_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
+    tensors = policy.encode(PROMPTS[:1]).tensors
+    assert policy.family.condition_shapes() == {name: tuple(rows.shape[1:]) for name, rows in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_a_text_is_as_long_as_the_models_pipeline_takes_it_unless_told_otherwise
         == tokens - TOKENS
     )
     long = [Prompt("red cat " * 12 + end, PROMPTS[0].columns) for end in ("red cat " * 6, "blue dog " * 6)]
-    for policy, told_apart in ((own, True), (short, False)):
+    for policy, distinct in ((own, True), (short, False)):
         x, condition = noise(policy, 1).expand(2, *policy.latent_shape), policy.encode(long)
         assert condition.tensors["prompt_embeds"].shape[1:] == policy.family.condition_shapes()["prompt_embeds"]
         v = policy.predict(x, torch.tensor(600.0), condition)
-        assert ((v[0] - v[1]).abs().max() > 1e-4) == told_apart
+        assert ((v[0] - v[1]).abs().max() > 1e-4) == distinct
 
 
 def test_the_built_in_model_is_told_as_many_tokens_as_it_was_made_for():
@@ -90,24 +90,25 @@ def test_text_encoders_can_be_released(own_policy):
 
 def test_guidance_goes_on_after_the_text_encoders_where_python_leaves_out_asserts(tiny_sd):
     policy = load(tiny_sd, "lora")
-    told = policy.encode(PROMPTS)
+    condition = policy.encode(PROMPTS)
     names: dict[str, Any] = {}
     source = textwrap.dedent(inspect.getsource(type(policy).release_text_encoders))
     exec(compile(source, "<as python -O>", "exec", optimize=1), names)
     names["release_text_encoders"](policy)
-    assert policy.predict(noise(policy), torch.tensor(600.0), told, 3.0).isfinite().all()
+    assert policy.predict(noise(policy), torch.tensor(600.0), condition, 3.0).isfinite().all()
 
 
 def test_qwen_image_is_told_where_a_text_ends_whatever_it_is_filled_up_to(tiny_qwen_image):
     prompts = [Prompt("red"), Prompt("red cat")]
     long, short = (load(tiny_qwen_image, "lora", max_sequence_length=tokens) for tokens in (40, TOKENS))
-    told = short.encode(prompts).tensors
-    assert told["prompt_embeds_mask"].sum(1).tolist() == [8, 9]  # 3 letters and " cat", and five tokens of the chat's
-    assert not told["prompt_embeds"][0, 8:].any() and told["prompt_embeds"][0, :8].any()
+    tensors = short.encode(prompts).tensors
+    # 3 letters and " cat", and five tokens of the chat's
+    assert tensors["prompt_embeds_mask"].sum(1).tolist() == [8, 9]
+    assert not tensors["prompt_embeds"][0, 8:].any() and tensors["prompt_embeds"][0, :8].any()
     outputs = [p.predict(noise(p), torch.tensor(600.0), p.encode(prompts), 3.0) for p in (long, short)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
     cut = load(tiny_qwen_image, "lora", max_sequence_length=4).encode(prompts).tensors
-    assert cut["prompt_embeds_mask"].all() and torch.equal(cut["prompt_embeds"], told["prompt_embeds"][:, :4])
+    assert cut["prompt_embeds_mask"].all() and torch.equal(cut["prompt_embeds"], tensors["prompt_embeds"][:, :4])
 
 
 def _without_t5(folder: Path) -> Any:
@@ -131,7 +132,7 @@ def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
     whole = dict(policy_from_pipeline(untouched_pipeline(tiny_sd3), settings).encode([PROMPTS[0]]).tensors)
     without = {f"{part}{n}": None for n in absent for part in ("text_encoder", "tokenizer")}
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **without), settings)
-    found = dict(policy.encode([PROMPTS[0]]).tensors)
+    encoded = dict(policy.encode([PROMPTS[0]]).tensors)
     expected = {name: rows.clone() for name, rows in whole.items()}
     half, clip = whole["pooled_prompt_embeds"].shape[1] // 2, whole["prompt_embeds"].shape[1] - TOKENS
     for n, columns in (("", slice(0, half)), ("_2", slice(half, 2 * half))):
@@ -141,11 +142,13 @@ def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
     if "_3" in absent:
         expected["prompt_embeds"][:, clip:] = 0
     if {"", "_2"} <= set(absent):  # 77 places of zeros, whatever the tokenizer that is not there had
-        found["prompt_embeds"] = torch.cat([found["prompt_embeds"][:, :clip], found["prompt_embeds"][:, -TOKENS:]], 1)
+        encoded["prompt_embeds"] = torch.cat(
+            [encoded["prompt_embeds"][:, :clip], encoded["prompt_embeds"][:, -TOKENS:]], 1
+        )
     for name, rows in expected.items():
-        assert torch.equal(found[name], rows), name
+        assert torch.equal(encoded[name], rows), name
     policy.release_text_encoders()
-    assert torch.equal(policy.encode([PROMPTS[0]]).tensors["pooled_prompt_embeds"], found["pooled_prompt_embeds"])
+    assert torch.equal(policy.encode([PROMPTS[0]]).tensors["pooled_prompt_embeds"], encoded["pooled_prompt_embeds"])
     with pytest.raises(ValueError, match="released"):
         policy.encode([Prompt("another")])
 
@@ -154,8 +157,8 @@ def test_a_model_that_was_saved_without_a_text_encoder_is_loaded_without_it(tiny
     lacking = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
     lacking.save_pretrained(tmp_path / "lacking")
     policy, whole = load(tmp_path / "lacking", "lora"), load(tiny_sd3, "lora")
-    found, of_all = (p.encode(PROMPTS).tensors["prompt_embeds"] for p in (policy, whole))
-    assert torch.equal(found[:, :-TOKENS], of_all[:, :-TOKENS]) and not found[:, -TOKENS:].any()
+    without, of_all = (p.encode(PROMPTS).tensors["prompt_embeds"] for p in (policy, whole))
+    assert torch.equal(without[:, :-TOKENS], of_all[:, :-TOKENS]) and not without[:, -TOKENS:].any()
 
 
 def test_texts_are_said_to_become_equal_exactly_where_the_network_is_told_the_same(case, own_policy):
@@ -165,12 +168,12 @@ def test_texts_are_said_to_become_equal_exactly_where_the_network_is_told_the_sa
     equal, cut = [], []
     for count in range(1, 2 * TOKENS):
         texts = [f"{'a' * count}{end}" for end in "bc"]
-        told = own_policy.encode([Prompt(text, {"image": SOURCES[0]}) for text in texts]).tensors
-        found = own_policy.truncation(texts)
-        assert found.count == 2 and set(found.cut) <= set(texts) and found.equal in (0, 2)
-        equal.append(found.equal == 2)
-        cut.append(len(found.cut) == 2)
-        assert equal[-1] == all(torch.equal(*rows) for name, rows in told.items() if name != "image_latents")
+        encoded = own_policy.encode([Prompt(text, {"image": SOURCES[0]}) for text in texts]).tensors
+        truncation = own_policy.truncation(texts)
+        assert truncation.count == 2 and set(truncation.cut) <= set(texts) and truncation.equal in (0, 2)
+        equal.append(truncation.equal == 2)
+        cut.append(len(truncation.cut) == 2)
+        assert equal[-1] == all(torch.equal(*rows) for name, rows in encoded.items() if name != "image_latents")
     assert equal == sorted(equal) and equal[-1] and cut == sorted(cut)
     assert all(cut[i] for i in range(len(cut)) if equal[i])
     own_policy.release_text_encoders()

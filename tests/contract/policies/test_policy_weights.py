@@ -134,8 +134,8 @@ def test_a_lora_of_qwen_image_adapts_both_streams_of_every_block_by_default(tiny
     adapted = {name.split(".lora_")[0] for name in load(tiny_qwen_image, "lora").trainable}
     attention = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
     feed_forward = {f"{mlp}.{name}" for mlp in ("img_mlp", "txt_mlp") for name in ("net.0.proj", "net.2")}
-    wanted = {f"attn.{name}" for name in attention} | feed_forward
-    assert adapted == {f"transformer_blocks.{i}.{name}" for i in range(2) for name in wanted}
+    modules = {f"attn.{name}" for name in attention} | feed_forward
+    assert adapted == {f"transformer_blocks.{i}.{name}" for i in range(2) for name in modules}
 
 
 def test_a_lora_of_wan_adapts_both_attentions_and_the_feed_forward_by_default(tiny_wan):

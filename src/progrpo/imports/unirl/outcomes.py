@@ -39,8 +39,8 @@ def _objective(setting: Setting) -> str:
 
 def _model(setting: Setting) -> str:
     """The name of the model's package, from the class of its bundle."""
-    found = re.search(r"\.models\.(\w+)\.", str(setting.all["bundle._target_"]))
-    return found.group(1) if found else str(setting.all["bundle._target_"])
+    match = re.search(r"\.models\.(\w+)\.", str(setting.all["bundle._target_"]))
+    return match.group(1) if match else str(setting.all["bundle._target_"])
 
 
 def bundle(setting: Setting) -> Outcome:

@@ -68,7 +68,7 @@ class ShapesBackbone:
         return Features(
             (
                 layout_BD,
-                torch.cat([counts_BO, agreement(counts_BO, wanted_counts(prompts))], 1),
+                torch.cat([counts_BO, agreement(counts_BO, target_counts(prompts))], 1),
                 by_word(objects_BOXY, ink(x_BCHW)[0], words_BW),
                 (words_BW[:, :, None] * layout_BD[:, None]).flatten(1),
                 moments(channels_BCXY),
@@ -83,11 +83,11 @@ def _objects(out_BCXY: Tensor) -> Tensor:
     return torch.cat([peak * colour.softmax(1), peak * shape.softmax(1)], 1)
 
 
-def agreement(counts_BO: Tensor, wanted_BO: Tensor) -> Tensor:
+def agreement(counts_BO: Tensor, targets_BO: Tensor) -> Tensor:
     """The numbers of objects too many and too few for the prompts, summed over colours and over shapes."""
     counts_BO = counts_BO[:, : len(_KINDS)]
     parts = (slice(0, len(COLOURS)), slice(len(COLOURS), None))
-    over, under = (counts_BO - wanted_BO).clamp(min=0), (wanted_BO - counts_BO).clamp(min=0)
+    over, under = (counts_BO - targets_BO).clamp(min=0), (targets_BO - counts_BO).clamp(min=0)
     return torch.stack([way[:, part].sum(1) for part in parts for way in (over, under)], 1)
 
 
@@ -155,7 +155,7 @@ def word_counts(prompts: Sequence[Prompt]) -> Tensor:
     return torch.tensor(rows).float().reshape(-1, len(_WORDS))
 
 
-def wanted_counts(prompts: Sequence[Prompt]) -> Tensor:
+def target_counts(prompts: Sequence[Prompt]) -> Tensor:
     """The number of objects of each colour and shape in each prompt, float32: a number counts the shape after it."""
     rows = []
     for prompt in prompts:

@@ -57,7 +57,7 @@ _FORMS = {
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Target:
     """An object that a prompt wants: a colour (None: any of the palette), a shape, a centre and a size in pixels."""
 
     colour: str | None
@@ -80,7 +80,7 @@ def _pull(colour: str | None, shape: str) -> np.ndarray:
     return mean
 
 
-def wanted_objects(prompt: Prompt) -> list[Wanted]:
+def target_objects(prompt: Prompt) -> list[Target]:
     """The objects that the prompt wants, in the order of its columns.
 
     One object lies towards the pull of its words. Two lie on opposite sides of the centre: on those that the relation
@@ -102,7 +102,7 @@ def wanted_objects(prompt: Prompt) -> list[Wanted]:
     for (colour, shape), away in zip(objects, aways, strict=True):
         share = 0.5 if colour is None else _COLOURS.index(colour) / (len(_COLOURS) - 1)
         x, y = SIZE / 2 + _RADIUS[count] * away
-        out.append(Wanted(colour, shape, float(x), float(y), _SMALLEST + share * (_LARGEST[count] - _SMALLEST)))
+        out.append(Target(colour, shape, float(x), float(y), _SMALLEST + share * (_LARGEST[count] - _SMALLEST)))
     return out
 
 
@@ -215,10 +215,10 @@ def match(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[float]:
     """
     regions = _regions(pictures_NHWC)
     ends = np.searchsorted(regions.picture_R, np.arange(len(prompts) + 1))
-    return [_best(regions, slice(*ends[n : n + 2]), wanted_objects(prompt)) for n, prompt in enumerate(prompts)]
+    return [_best(regions, slice(*ends[n : n + 2]), target_objects(prompt)) for n, prompt in enumerate(prompts)]
 
 
-def _agreement(regions: _Regions, rows: slice, target: Wanted) -> np.ndarray:
+def _agreement(regions: _Regions, rows: slice, target: Target) -> np.ndarray:
     """The agreement of these regions with an object that the prompt wants."""
     form, shape = _FORMS[target.shape], _SHAPES.index(target.shape)
     half_R = np.sqrt(regions.area_R[rows] / form.area)
@@ -231,7 +231,7 @@ def _agreement(regions: _Regions, rows: slice, target: Wanted) -> np.ndarray:
     return agreement_R
 
 
-def _best(regions: _Regions, rows: slice, targets: Sequence[Wanted]) -> float:
+def _best(regions: _Regions, rows: slice, targets: Sequence[Target]) -> float:
     if rows.start == rows.stop:
         return 0.0
     agreement_RK = np.stack([_agreement(regions, rows, target) for target in targets], 1)
