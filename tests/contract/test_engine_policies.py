@@ -81,7 +81,7 @@ def differentiated(policy: Policy) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_a_probe_can_see_its_latents_and_is_told_its_texts(loaded):
+def test_a_probe_has_features_of_latents_and_texts(loaded):
     policy = loaded()
     texts, seen = text_features(policy.encode(PROMPTS)), latent_features(noise(policy))
     assert texts.ndim == 3 and len(texts) == len(seen) == len(TEXTS) and seen.ndim == 4

@@ -107,7 +107,7 @@ def test_what_is_lacking_is_said_in_a_sentence_and_no_run_is_begun(own, tmp_path
     assert "the prompt 'a' has no column image" in refused(*sample)
     assert "--image: 2 pictures for 3 prompts" in refused(*sample, "--image", "one.png", "two.png")
     assert "none.png cannot be read as a picture: no such file" in refused(*sample, "--image", "none.png")
-    assert f"--image: {tiny_flux} is told a text alone" in refused(
+    assert f"--image: {tiny_flux} takes prompts alone" in refused(
         "sample", str(tiny_flux), "--prompt", "a", "--image", "data/pictures/a.png"
     )
 

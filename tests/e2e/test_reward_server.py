@@ -1,4 +1,4 @@
-"""The reward server as a process: under clients and killed on the way, told to end, and what a socket may send it."""
+"""The reward server as a process: clients that kill it, SIGTERM, and what a socket may send it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_server_that_is_started_again_goes_on_under_its_client(tmp_path):
     reward.close()
 
 
-def test_told_to_end_it_answers_what_is_being_scored(tmp_path):
+def test_at_sigterm_it_answers_what_is_being_scored(tmp_path):
     with server(tmp_path, "slow") as (process, url):
         reward = client("slow", url)
         reward._meet()
@@ -130,7 +130,7 @@ def test_its_options_reach_the_server(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_token_is_told_at_the_start_and_asked_for(tmp_path, monkeypatch):
+def test_a_token_is_set_at_the_start_and_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("PROGRPO_REWARD_TOKEN", "s3cret")
     with server(tmp_path, "mean") as (process, url):
         knows = client("mean", url)

@@ -356,7 +356,7 @@ def test_sampling_keeps_what_is_there_and_says_what_is_not(tiny_sd3, tmp_path, m
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["000-00.png", "002-00.png", "samples.jsonl"]
 
 
-# --- what the network is told -----------------------------------------------------------------------------------------
+# --- conditions and weights -------------------------------------------------------------------------------------------
 
 
 def test_a_text_that_a_dtype_cannot_hold_is_refused_before_anything_is_drawn(tiny_pipeline):

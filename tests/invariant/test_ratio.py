@@ -326,7 +326,7 @@ def test_a_clip_range_finer_than_float32_allows_its_rounding_and_no_more():
 
 
 @pytest.mark.parametrize("dims", [2048, 65536])
-def test_rounding_is_told_from_another_prediction(dims):
+def test_rounding_differs_from_another_prediction(dims):
     """A mean that is off by a share of the noise's std, in a direction of its own: the log-ratio over 300 draws."""
     generator = torch.Generator().manual_seed(0)
     z, way = (torch.randn(300, dims, dtype=torch.float64, generator=generator) for _ in range(2))

@@ -63,7 +63,7 @@ def redness(images, prompts):
 
 @pytest.fixture(scope="module")
 def reward_module(tmp_path_factory):
-    """A module on the path whose reward can be told how to fail at its n-th call."""
+    """A module on the path whose reward can fail at its n-th call in a way of choice."""
     import importlib
     import sys
 

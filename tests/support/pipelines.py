@@ -172,7 +172,7 @@ def _flux(guidance_embeds: bool, kind: str = "FluxPipeline", **scheduler: Any) -
 
 
 def flux() -> Any:
-    """A FLUX.1-dev, told its guidance and shifted by picture size. Its own is 256x256, and tests ask for 16x16."""
+    """A FLUX.1-dev, with embedded guidance, shifted by picture size. Its own is 256x256, and tests ask for 16x16."""
     return _flux(True, **FLUX_SHIFTS)
 
 
@@ -182,7 +182,7 @@ def flux_schnell() -> Any:
 
 
 def kontext() -> Any:
-    """A FLUX.1-Kontext-dev, which changes a picture; told its guidance and shifted as the tiny FLUX.1-dev."""
+    """A FLUX.1-Kontext-dev, which edits a picture, with embedded guidance, shifted as the tiny FLUX.1-dev."""
     return _flux(True, "FluxKontextPipeline", **FLUX_SHIFTS)
 
 

@@ -202,7 +202,7 @@ def test_a_last_step_without_noise_is_not_trained(policy_of, family, sampler):
 
 
 def test_a_last_step_without_length_is_not_trained(tiny_pipeline, tiny_sd):
-    """Where the grid's last timestep is 0 the data's end is told as 0 too: CPS adds noise in a step of no length."""
+    """Where the grid's last timestep is 0, that of the data's end is 0 too: CPS adds noise in a step of no length."""
     pipeline = tiny_pipeline(tiny_sd)
     pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, steps_offset=0)
     policy = policy_from_pipeline(pipeline, ModelSettings(lora_rank=2))

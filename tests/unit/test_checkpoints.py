@@ -251,7 +251,7 @@ def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
     check_unchanged(run, stored["config"], replace(CONFIG, optim=OptimSettings(ema_decay=0.5)), accept=False)
 
 
-def test_lists_of_prompts_are_told_apart_by_texts_columns_and_order():
+def test_lists_of_prompts_differ_by_texts_columns_and_order():
     rows = {"a": Prompt("a", {"x": 1, "y": [b"1", {"z": None}]}), "b": Prompt("b", {"image": Image.new("RGB", (2, 2))})}
     same = [Prompt("a", {"y": (b"1", {"z": None}), "x": 1}), Prompt("b", {"image": Image.new("RGB", (2, 2))})]
     assert digest(rows.values()) == digest(same)

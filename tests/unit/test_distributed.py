@@ -1,4 +1,4 @@
-"""Requests to accelerate that would be ignored are refused, and the error of a lost process is told from others."""
+"""Requests to accelerate that would be ignored are refused, and a lost process has an error of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from progrpo.training.errors import LostProcessError
         ("DYNAMO_BACKEND", "INDUCTOR", "NO", "model.compile"),
     ],
 )
-def test_what_accelerate_is_told_in_vain_is_refused_with_what_to_take(variable, value, nothing, instead, monkeypatch):
+def test_what_accelerate_would_ignore_is_refused_with_what_to_take(variable, value, nothing, instead, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     with pytest.raises(ValueError, match=rf"asks for .*\(ACCELERATE_{variable}\).*launch without it.*--{instead}"):
         Ranks()
@@ -38,7 +38,7 @@ def test_places_are_dealt_out_once_also_where_there_are_fewer_than_processes(cou
     assert all(share == sorted(share) for share in shares)
 
 
-def test_a_lost_process_is_told_from_a_mistake():
+def test_a_lost_process_differs_from_a_mistake():
     assert is_lost(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
     assert is_lost(dist.DistBackendError("NCCL error"))
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -233,7 +233,7 @@ def test_errors_and_predictions_by_hand(linear_policy, linear_experience):
     assert linear_policy.a.item() == pytest.approx(0.5)
 
 
-def test_a_network_that_is_told_its_guidance_is_told_what_sampled(linear_policy, linear_experience):
+def test_embedded_guidance_is_that_of_sampling(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, ADVANTAGES, guidance_scale=3.0)
     linear_policy.embeds_guidance = True
     actual = everything(linear_policy, experience, Draws(3, 0.9))

@@ -375,7 +375,7 @@ def test_with_one_update_rounding_between_sampling_and_training_changes_no_gradi
         assert loss.sums["clip_fraction"] == 0
         actual.append(gradients(linear_policy, loss))
     torch.testing.assert_close(actual[0], actual[1], rtol=1e-12, atol=0)
-    assert loss.maxima["ratio_max_deviation"] > 0.1  # which is told all the same
+    assert loss.maxima["ratio_max_deviation"] > 0.1  # which is reported all the same
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -45,7 +45,7 @@ UNREACHED = (
         ),
     ],
 )
-def test_a_hub_that_cannot_be_reached_is_told_from_one_without_the_file(errors, said, tmp_path):
+def test_a_hub_that_cannot_be_reached_differs_from_one_without_the_file(errors, said, tmp_path):
     assert reason_of(in_turn(*errors), "nobody/nothing").startswith(said)
     assert reason_of(errors[-1], tmp_path) == str(
         UNREACHED[-1]

@@ -225,7 +225,7 @@ def test_no_row_is_of_a_setting_that_nobody_gave(tmp_path):
 
 
 @pytest.mark.parametrize(("model", "embedded"), [("FLUX.1-dev", True), ("FLUX.2-klein-base-4B", False)])
-def test_which_flux_is_told_its_guidance(tmp_path, model, embedded):
+def test_which_flux_has_embedded_guidance(tmp_path, model, embedded):
     sampling = imported(tmp_path, model__model_name_or_path=f"black-forest-labs/{model}").config.sampling
     assert (sampling.guidance_scale, sampling.embedded_guidance) == (4.5, embedded)
 

@@ -33,7 +33,7 @@ def test_flow_levels_by_hand(num_train_timesteps):
     assert levels.timestep.tolist() == [num_train_timesteps * share for share in (1, 0.75, 0.25, 0)]
 
 
-def test_flow_levels_are_told_in_a_thousand_timesteps_if_nothing_is_said():
+def test_flow_levels_have_a_thousand_timesteps_by_default():
     assert flow_levels(torch.tensor(0.5)).timestep == 500
 
 
@@ -66,7 +66,7 @@ def test_levels_of_timesteps_in_any_shape():
     rows, one = diffusion_levels(TIMESTEPS, SIGNAL), diffusion_levels(TIMESTEPS[2], SIGNAL)
     assert one.sigma.shape == one.timestep.shape == ()
     assert equal(one, rows[2])
-    assert equal(diffusion_levels(TIMESTEPS.double(), SIGNAL), rows)  # a policy is told its timestep as a float
+    assert equal(diffusion_levels(TIMESTEPS.double(), SIGNAL), rows)  # a policy takes its timestep as a float
 
 
 # --- between ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The continuous match: near 1 for the wanted scene, and less with every fault, the more the larger it is."""
+"""The continuous match: near 1 for the target scene, and less with every fault, the more the larger it is."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,14 +37,14 @@ def assert_falling(scores: np.ndarray) -> None:
 
 
 def painted(prompt: Prompt, share: float, towards: str) -> np.ndarray:
-    """The wanted scene of one object, its colour a mixture with another."""
+    """The target scene of one object, its colour a mixture with another."""
     (shape,) = ideal(prompt)
     there, other = (drawn([replace(shape, colour=c)]).astype(float) for c in (shape.colour, towards))
     return (there + share * (other - there)).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("kind", world.KINDS)
-def test_the_wanted_scene_is_near_the_top_and_right_scenes_with_other_layouts_are_below(kind):
+def test_the_target_scene_is_near_the_top_and_right_scenes_with_other_layouts_are_below(kind):
     rng = np.random.default_rng(0)
     for prompt in asked(kind):
         best, *others = scored(
@@ -55,7 +55,7 @@ def test_the_wanted_scene_is_near_the_top_and_right_scenes_with_other_layouts_ar
 
 
 @pytest.mark.parametrize("kind", world.KINDS)
-def test_the_wanted_scene_is_what_the_prompt_says_and_lies_in_the_picture(kind):
+def test_the_target_scene_is_what_the_prompt_says_and_lies_in_the_picture(kind):
     for prompt in asked(kind):
         shapes = ideal(prompt)
         assert [[t.colour, t.shape] for t in target_objects(prompt)] == [list(o) for o in prompt.columns["objects"]]

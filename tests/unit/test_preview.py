@@ -112,7 +112,7 @@ def test_several_steps_are_eulers_on_equal_parts_of_the_grid_that_is_left(
     assert set(meter.seconds) == {"sample"}
 
 
-def test_the_network_is_told_the_level_between_steps(linear_policy, monkeypatch):
+def test_the_network_takes_the_timestep_of_the_level_between_steps(linear_policy, monkeypatch):
     sampling, timesteps = flow(microbatch=64), []
     batch, predict = called(linear_policy, sampling, 0), linear_policy.predict
 

@@ -52,7 +52,7 @@ def scores(probe: Probe, asked: list[ProbeExample], step: int = 1) -> torch.Tens
     )
 
 
-# --- what it sees and is told -----------------------------------------------------------------------------------------
+# --- its features -----------------------------------------------------------------------------------------------------
 
 
 def test_large_latents_are_averaged_down_and_small_ones_seen_as_they_are():

@@ -196,7 +196,7 @@ def test_a_saved_lora_gives_diffusers_the_pictures_of_the_unquantised_model(tiny
     assert 0 < (one - other).norm() < 0.05 * other.norm()
 
 
-def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd3, tmp_path):
+def test_a_run_is_quantized_and_what_it_saved_is_drawn_with_the_whole_model(tiny_sd3, tmp_path):
     model = ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8, quantize="int8", text_quantize="int8")
     policy: Any = policy_from(model, PolicyContext())
     assert in_blocks(policy)

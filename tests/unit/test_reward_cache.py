@@ -89,7 +89,7 @@ def test_a_local_model_that_was_trained_further_is_asked_again(tmp_path):
     assert [paid.shown for paid in rewards] == [["p0"], [], ["p0"]]
 
 
-def test_a_source_picture_is_told_by_its_pixels(tmp_path):
+def test_a_source_picture_is_identified_by_its_pixels(tmp_path):
     paid, source = Paid(), Image.fromarray(PICTURES[1])
     source.save(tmp_path / "a.png")
     Image.fromarray(PICTURES[2]).save(tmp_path / "b.png")
@@ -102,7 +102,7 @@ def test_a_source_picture_is_told_by_its_pixels(tmp_path):
     assert paid.shown == ["p", "p"]
 
 
-def test_columns_that_json_does_not_know_are_told_by_what_they_hold(tmp_path):
+def test_columns_that_json_does_not_know_are_identified_by_what_they_hold(tmp_path):
     many = np.arange(2000)
     other = many.copy()
     other[1000] = -1  # which NumPy leaves out of an array's text
@@ -118,7 +118,7 @@ def test_columns_that_json_does_not_know_are_told_by_what_they_hold(tmp_path):
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2, "a": 3}, {"deep": object()}])
-def test_columns_that_cannot_be_told_apart_are_refused_before_a_picture_is_drawn(tmp_path, value):
+def test_columns_without_an_identity_are_refused_before_a_picture_is_drawn(tmp_path, value):
     cached = CachedReward(Paid(), "vlm", tmp_path)
     problem = r"^reward 'vlm': the columns of the prompt 'a' cannot be told from others \(.*; leave out its cache$"
     for ask in (cached.check, lambda prompts: cached.score(PICTURES[:1], prompts)):

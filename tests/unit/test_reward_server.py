@@ -297,7 +297,7 @@ def test_prompts_of_other_columns_are_not_merged():
     assert sorted(reward.calls[1:]) == [["['x']", "['x']"], ["['y']"], ["[]"]]
 
 
-def test_where_there_is_no_more_room_a_client_is_told_to_wait():
+def test_where_there_is_no_more_room_a_client_is_asked_to_wait():
     reward, large = Recorded(), item(np.zeros((770, 770, 3), np.uint8))  # 4.15 MB each, of 16.8
     with served(reward, max_megabytes=1) as client:
         for _ in range(2):  # the second time shows that the room came back
@@ -403,7 +403,7 @@ def test_health_says_what_was_done():
     }
 
 
-def test_its_schema_is_told():
+def test_its_schema_is_served():
     with served() as client:
         schemas = client.get("/openapi.json").json()["components"]["schemas"]
     assert set(schemas["Item"]["properties"]) == {"id", "png", "prompt", "columns", "image"}

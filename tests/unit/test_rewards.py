@@ -384,7 +384,7 @@ def test_coroutines_that_nobody_awaits_are_refused_with_how_to_await_them():
         FunctionReward(lambda images, prompts: [one(image) for image in images]).score(PICTURES, PROMPTS)
 
 
-def test_an_async_function_that_does_not_await_all_is_told_to():
+def test_an_async_function_that_does_not_await_all_is_refused():
     async def one(image):
         return 0.5
 

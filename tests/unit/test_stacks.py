@@ -61,7 +61,7 @@ def test_blocks_are_dropped_from_the_middle_of_a_list() -> None:
     ("ends", "alike"),
     [(("0", "layers.*.0"), True), (("layers.1.0",), False), (("layers.3.0", "0"), False), ((), True)],
 )
-def test_a_lora_of_single_blocks_is_told(ends: tuple[str, ...], alike: bool) -> None:
+def test_a_lora_of_single_blocks_is_recognized(ends: tuple[str, ...], alike: bool) -> None:
     network = Network()
     network.layers.extend(nn.Sequential(nn.Linear(3, 3)) for _ in range(5))
     networks = {"network": network}

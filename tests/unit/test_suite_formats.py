@@ -152,7 +152,7 @@ def test_a_part_of_a_suite_takes_kinds_in_turn_and_keeps_their_places():
         ("drawbench", "the dataset sayakpaul/drawbench of the hub elsewhere"),
     ],
 )
-def test_a_machine_without_a_network_is_told_what_to_download(name, place, tmp_path, monkeypatch):
+def test_without_a_network_the_error_names_what_to_download(name, place, tmp_path, monkeypatch):
     def unreachable(*args, **options):
         raise OSError("no route to host.")
 

@@ -222,7 +222,7 @@ def test_if_nobody_teaches_nothing_moves_not_even_by_momentum(linear_policy, lin
     )
 
 
-def test_the_gradient_is_clipped_and_its_norm_is_told_before(linear_policy, linear_experience):
+def test_the_gradient_is_clipped_and_its_norm_before_is_reported(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
     norm = (gradient_of(linear_policy, experience, torch.arange(10)) / 10).norm().item()
     moved, seen, _ = stepped(linear_policy, experience, max_grad_norm=norm / 4)

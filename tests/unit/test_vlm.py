@@ -378,7 +378,7 @@ def test_closing(serve):
     assert len(server.asked) == 2
 
 
-# --- what it is told --------------------------------------------------------------------------------------------------
+# --- its settings -----------------------------------------------------------------------------------------------------
 
 
 def test_the_environment_names_the_server(serve, monkeypatch):

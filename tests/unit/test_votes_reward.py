@@ -65,7 +65,7 @@ def test_a_picture_without_a_vote_has_no_strength():
 
 
 def votes_of(folder, prefer):
-    """Answer what the reward asks, until the thread is told to end."""
+    """Answer the reward's questions until `over` is set."""
     over = threading.Event()
 
     def vote():

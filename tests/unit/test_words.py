@@ -67,7 +67,7 @@ def test_a_letter_is_a_token():
     assert t5.tokenize('the word "CAT"') == ["▁the", "▁word", '▁"', "C", "A", "T", '"']
 
 
-def test_every_prompt_fits_and_is_told_apart():
+def test_every_prompt_fits_and_is_distinct():
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     texts = [p.text for kind in world.prompts("test").values() for p in kind]
     for tokenizer, length in ((clip, CLIP_LENGTH), (t5, 16)):

@@ -66,7 +66,7 @@ def sample_pictures(
         policy = model.load(ranks, negative_prompt)
         if not policy.edits and any(IMAGE_COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(
-                f"--image: {named(model.target)} is told a text alone; leave it out, or give a model that edits"
+                f"--image: {named(model.target)} takes prompts alone; leave it out, or give a model that edits"
             )
         warn_of_cuts(policy, prompts, ranks)
         own, faults = _sampled(policy, prompts, count, settings, ranks)

@@ -39,14 +39,14 @@ def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_
     assert (sample_without_noise(plain, 3.5) - expected).abs().max() > 1e-3 * size
 
 
-def test_a_model_that_is_told_its_guidance_leads_away_from_no_text(tiny_flux):
+def test_a_model_with_embedded_guidance_leads_away_from_no_text(tiny_flux):
     with pytest.raises(ValueError, match=r"^sampling\.negative_prompt: this model takes the .* leave it empty$"):
         load(tiny_flux, "lora", PolicyContext(guide_away_from="green bird"))
 
 
 def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(own_policy):
     if own_policy.embeds_guidance:
-        pytest.skip("the network is told of it")
+        pytest.skip("the network takes the guidance as an input")
     perturb(own_policy)
     x, timestep, w = noise(own_policy), torch.tensor(600.0), 3.0
     v = own_policy.predict(x, timestep, own_policy.encode(PROMPTS), w)

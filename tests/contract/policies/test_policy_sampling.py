@@ -65,7 +65,7 @@ def test_a_timestep_for_all_is_a_timestep_for_each(policy):
     torch.testing.assert_close(mixed[1:], policy.predict(x[1:], torch.tensor(200.0), condition.take(torch.tensor([1]))))
 
 
-def test_each_row_is_told_its_own_prompt(policy):
+def test_each_row_has_its_own_prompt(policy):
     x = noise(policy, 1).expand(2, *policy.latent_shape)
     v = policy.predict(x, torch.tensor(600.0), policy.encode(PROMPTS))
     assert (v[0] - v[1]).abs().max() > 1e-2
@@ -80,7 +80,7 @@ def test_nothing_is_random_in_the_network(own_policy):
     assert torch.equal(velocity(own_policy), velocity(own_policy))
 
 
-def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
+def test_sdxl_takes_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
     policy, calls = load(tiny_sdxl, "lora", resolution=(8, 12)), []
     policy.denoiser.register_forward_pre_hook(lambda m, a, k: calls.append(k["added_cond_kwargs"]), with_kwargs=True)
     policy.predict(noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 2.0)

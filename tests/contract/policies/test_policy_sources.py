@@ -17,7 +17,7 @@ from tests.support.policies import (
 )
 
 
-def test_a_model_that_edits_is_told_the_source_beside_the_noise_and_is_not_asked_about_it(tiny_kontext):
+def test_a_model_that_edits_takes_the_source_beside_the_noise_and_not_in_its_prompt(tiny_kontext):
     policy, calls = load(tiny_kontext, "lora"), []
     policy.denoiser.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
     one, other = (policy.encode([Prompt("red cat", prompt.columns)]) for prompt in PROMPTS)

@@ -55,7 +55,7 @@ def test_what_texts_become_is_known_without_encoding_them(policy):
         *((model, 512) for model in ("tiny_flux", "tiny_kontext", "tiny_flux2_klein", "tiny_qwen_image", "tiny_wan")),
     ],
 )
-def test_a_text_is_as_long_as_the_models_pipeline_takes_it_unless_told_otherwise(request, model, tokens):
+def test_a_text_is_as_long_as_the_models_pipeline_takes_it_unless_the_settings_differ(request, model, tokens):
     folder = request.getfixturevalue(model)
     own, short = (load(folder, "lora", max_sequence_length=length) for length in (None, TOKENS))
     assert (
@@ -70,7 +70,7 @@ def test_a_text_is_as_long_as_the_models_pipeline_takes_it_unless_told_otherwise
         assert ((v[0] - v[1]).abs().max() > 1e-4) == distinct
 
 
-def test_the_built_in_model_is_told_as_many_tokens_as_it_was_made_for():
+def test_the_built_in_model_takes_as_many_tokens_as_it_was_made_for():
     shapes = [
         load("shapes-flow", "lora", max_sequence_length=n, resolution=None).family.condition_shapes()
         for n in (None, 16)
@@ -98,7 +98,7 @@ def test_guidance_goes_on_after_the_text_encoders_where_python_leaves_out_assert
     assert policy.predict(noise(policy), torch.tensor(600.0), condition, 3.0).isfinite().all()
 
 
-def test_qwen_image_is_told_where_a_text_ends_whatever_it_is_filled_up_to(tiny_qwen_image):
+def test_qwen_image_takes_a_mask_of_the_text_whatever_it_is_padded_to(tiny_qwen_image):
     prompts = [Prompt("red"), Prompt("red cat")]
     long, short = (load(tiny_qwen_image, "lora", max_sequence_length=tokens) for tokens in (40, TOKENS))
     tensors = short.encode(prompts).tensors
@@ -161,7 +161,7 @@ def test_a_model_that_was_saved_without_a_text_encoder_is_loaded_without_it(tiny
     assert torch.equal(without[:, :-TOKENS], of_all[:, :-TOKENS]) and not without[:, -TOKENS:].any()
 
 
-def test_texts_are_said_to_become_equal_exactly_where_the_network_is_told_the_same(case, own_policy):
+def test_texts_are_said_to_become_equal_exactly_where_the_networks_inputs_are_equal(case, own_policy):
     """Pairs that differ in their last letter, longer by one letter each: what the tensors say is the truth."""
     if case.weights == "full":
         pytest.skip("as with a LoRA")

@@ -27,7 +27,7 @@ _NEAR = int(_FAINT * 255 / 3**0.5) - 1  # levels: a pixel that is no farther in 
 _RIM = 1e-3  # the weight of a pixel on an edge beside one inside, so that specks have a colour too
 # what is off by its spread keeps 1 / sqrt(2) of its agreement
 _COLOUR_SPREAD = 0.3  # of the root mean squared distance to the colour
-_SIZE_SPREAD = 0.45  # of the logarithm of the size over the wanted one
+_SIZE_SPREAD = 0.45  # of the logarithm of the size over the target's
 _PLACE_SPREAD = 20.0  # pixels
 _LARGEST = {1: 14.0, 2: 12.0, 3: 10.5, 4: 9.0}  # preferred sizes by the number of objects, within what the world draws
 _SMALLEST = 7.5
