@@ -33,7 +33,7 @@ OPENINGS = (
 THIRD_PERSON = re.compile(r"[A-Z][a-z]*[a-rtv-z]s (a|an|the|each|every|what) |(Compares|Multiplies|Samples) ")
 """The beginnings of docstrings whose subject is left out: a verb in the third person and its object."""
 PRIVATE_WORDS = ("told", "found", "wanted", "how")
-"""Names of variables that say nothing about what they hold."""
+"""Names that say nothing about what they hold."""
 STARTS = 7
 
 
@@ -58,10 +58,15 @@ def sources(root: Path) -> list[Path]:
     return sorted((root / "src/progrpo").rglob("*.py"))
 
 
+def scripts(root: Path) -> list[Path]:
+    """Every file of Python: sources, tests, benchmarks, examples and the scripts of the docs."""
+    folders = ("src", "tests", "benchmarks", "examples", "docs")
+    return sorted(file for folder in folders for file in (root / folder).rglob("*.py"))
+
+
 def texts(root: Path) -> list[Path]:
-    """Every file whose lines end at 120 columns: sources, tests, benchmarks, examples and prose."""
-    code = [file for folder in ("src", "tests", "benchmarks", "examples") for file in (root / folder).rglob("*.py")]
-    return sorted([*code, *root.glob("*.md"), *(root / "docs").rglob("*.md"), *(root / "docs").glob("*.py")])
+    """Every file whose lines end at 120 columns: Python and prose."""
+    return sorted([*scripts(root), *root.glob("*.md"), *(root / "docs").rglob("*.md")])
 
 
 def functions(file: Path, tree: ast.AST, root: Path) -> Iterator[Function]:
@@ -127,12 +132,20 @@ def lacks_subject(text: str) -> bool:
     return text.startswith(OPENINGS) or THIRD_PERSON.match(text) is not None
 
 
-def private_words(tree: ast.AST) -> int:
-    """The number of variables, arguments and attributes whose name says nothing."""
-    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    names += [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)]
-    names += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    return sum(name in PRIVATE_WORDS for name in names)
+def private_words(file: Path, tree: ast.AST, root: Path) -> Iterator[str]:
+    """The places of variables, arguments, attributes, imports, functions and classes whose name says nothing."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=name):
+                pass
+            case ast.ExceptHandler(name=name) | ast.alias(asname=name):
+                pass
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                pass
+            case _:
+                continue
+        if name in PRIVATE_WORDS:
+            yield f"{file.relative_to(root)}:{node.lineno} {name}"
 
 
 def start_up(root: Path) -> float:
@@ -171,6 +184,7 @@ def measure(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         for place, text in docstrings(file, tree, root)
         if lacks_subject(text)
     ]
+    private = [place for file, tree in trees.items() for place in private_words(file, tree, root)]
     long_lists = [
         f"{function.place}: {function.parameters}" for function in counted if function.parameters > MOST_PARAMETERS
     ]
@@ -188,7 +202,7 @@ def measure(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         "settings fields that another dataclass copies": str(len(twice)),
         f"lines over {COLUMNS} columns: src, all": f"{in_sources}, {len(long_lines)}",
         "docstrings without a subject": str(len(openings)),
-        f"names {', '.join(PRIVATE_WORDS)}": str(sum(map(private_words, trees.values()))),
+        f"names {', '.join(PRIVATE_WORDS)}": str(len(private)),
         "seconds of `progrpo --help`": f"{start_up(root):.2f}",
     }
     above = {
@@ -197,6 +211,7 @@ def measure(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         "declared twice": twice,
         "long lines": long_lines,
         "docstrings": openings,
+        "names": private,
     }
     return rows, above
 
