@@ -66,6 +66,7 @@ DGPO = changed(
 )
 HALF: Changes = {"plan": {"group_size": GROUP, "final_keep": 12}}
 LATE: Changes = {"plan": {"group_size": 12, "prune": [[4, 6]]}}
+HELD: Changes = {"objective": {"dgpo": {"kl_beta": 0.01}}, "optim": {"lr": 2e-4}}
 GROUP_STATISTICS: Changes = {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}}
 DGPO_ARMS: dict[str, Changes] = {
     "dgpo, plain 12": DGPO,
@@ -73,6 +74,15 @@ DGPO_ARMS: dict[str, Changes] = {
     "dgpo, 6 of 12 after 4": changed(DGPO, LATE),
     "dgpo, plain 6": changed(DGPO, {"plan": {"group_size": 6}}),
     "dgpo, uniform 6 of 12 after 4": changed(DGPO, changed(LATE, {"plan": {"selector": "uniform"}})),
+    "dgpo, KL 0.01, plain 12": changed(DGPO, HELD),
+    "dgpo, KL 0.01, 12 of 24 after 2": changed(
+        DGPO, changed(HELD, {"plan": {"group_size": GROUP, "prune": [[2, 12]]}})
+    ),
+    "dgpo, KL 0.01, 6 of 12 after 4": changed(DGPO, changed(HELD, LATE)),
+    "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(
+        DGPO, changed(HELD, changed(LATE, {"plan": {"selector": "uniform"}}))
+    ),
+    "dgpo, KL 0.01, plain 6": changed(DGPO, changed(HELD, {"plan": {"group_size": 6}})),
     "dgpo, furthest 12 of 24": changed(DGPO, changed(HALF, GROUP_STATISTICS)),
     "dgpo, posthoc 12 of 24": changed(DGPO, HALF),
     "dgpo, plain 24": changed(DGPO, {"plan": {"group_size": GROUP}}),
