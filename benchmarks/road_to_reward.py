@@ -4,6 +4,7 @@
     python benchmarks/road_to_reward.py --study grpo --arms "plain 12" --seeds 0 --lr 1e-4
     python benchmarks/road_to_reward.py --reward flipped_reward:FlippedStrict
     python benchmarks/road_to_reward.py --study grpo --table [--picture docs/images/road_to_reward_grpo.png]
+    python benchmarks/road_to_reward.py --table --compare "dgpo, KL 0.01, 6 of 12 after 4" "dgpo, KL 0.01, plain 6"
 
 The study `dgpo` has arms under DGPO with six ODE steps and two draws a picture, beside GRPO with ten SDE steps of which
 nine are trained, as Flow-GRPO and DanceGRPO have it. All arms of the study `grpo` are GRPO with six SDE steps of which
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -168,27 +169,65 @@ def of_task(results: Sequence[dict[str, Any]], model: str, reward: str) -> list[
     ]
 
 
-def curves_by_rate(results: Sequence[dict[str, Any]], arm: str) -> dict[float, list[list[dict[str, Any]]]]:
-    """The curves of an arm by learning rate, ascending."""
-    by_rate: dict[float, list[list[dict[str, Any]]]] = {}
+def curves_by_rate(results: Sequence[dict[str, Any]], arm: str) -> dict[float, dict[int, list[dict[str, Any]]]]:
+    """The curves of an arm by learning rate, ascending, and by seed."""
+    by_rate: dict[float, dict[int, list[dict[str, Any]]]] = {}
     for entry in results:
         if entry["arm"] == arm:
-            by_rate.setdefault(entry["lr"], []).append(entry["curve"])
+            by_rate.setdefault(entry["lr"], {})[entry["seed"]] = entry["curve"]
     return dict(sorted(by_rate.items()))
 
 
-def curves_of(results: Sequence[dict[str, Any]], arm: str) -> list[list[dict[str, Any]]]:
-    """The curves of an arm at the learning rate that has the most of them, of equals the one that ends highest."""
+def curves_of(results: Sequence[dict[str, Any]], arm: str) -> dict[int, list[dict[str, Any]]]:
+    """The curves of an arm by seed, at the rate that has the most of them, of equals the one that ends highest."""
 
-    def standing(curves: list[list[dict[str, Any]]]) -> tuple[int, float]:
-        return len(curves), mean(curve[-1]["reward"] for curve in curves)
+    def standing(curves: dict[int, list[dict[str, Any]]]) -> tuple[int, float]:
+        return len(curves), mean(curve[-1]["reward"] for curve in curves.values())
 
-    return max(curves_by_rate(results, arm).values(), key=standing, default=[])
+    return max(curves_by_rate(results, arm).values(), key=standing, default={})
+
+
+def mean_curve(curves: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, float]]:
+    """The mean over curves of the reward and of the core seconds, point by point."""
+    names = ("cpu_seconds", "reward")
+    return [{name: mean(p[name] for p in points) for name in names} for points in zip(*curves, strict=False)]
+
+
+def speed(ours: Sequence[Any], theirs: Sequence[Any], share: float) -> float | None:
+    """The core seconds in which their mean curve gains a share of its final gain, over those in which ours does."""
+    own, other = mean_curve(ours), mean_curve(theirs)
+    base, final = other[0]["reward"], smoothed([point["reward"] for point in other])[-1]
+    times = [reached_at(curve, base + share * (final - base), "cpu_seconds") for curve in (other, own)]
+    return None if times[0] is None or times[1] is None else times[0] / times[1]
+
+
+def comparison(results: Sequence[dict[str, Any]], arm: str, other: str) -> str:
+    """The difference of two arms' final rewards over the seeds that both have, and how much faster the first one is.
+
+    Standard errors are over seeds: of the mean of paired differences, and by the jackknife for the speed.
+    """
+    first, second = curves_of(results, arm), curves_of(results, other)
+    seeds = sorted(first.keys() & second.keys())
+    differences = [first[seed][-1]["reward"] - second[seed][-1]["reward"] for seed in seeds]
+    error = stdev(differences) / len(seeds) ** 0.5
+    lines = [f"{arm} over {other}: {mean(differences):+.3f} ± {error:.3f} at equal work ({len(seeds)} seeds)"]
+    for share in (0.5, 0.75, 1.0):
+        of_all, *without_one = (
+            speed([first[s] for s in seeds if s != out], [second[s] for s in seeds if s != out], share)
+            for out in (None, *seeds)
+        )
+        known = [value for value in without_one if value is not None]
+        if of_all is None or len(known) < len(seeds):
+            lines.append(f"to {share:.0%} of the latter's gain: not reached without one of the seeds")
+        else:
+            spread = (len(known) - 1) * stdev(known) / len(known) ** 0.5
+            lines.append(f"to {share:.0%} of the latter's gain: {of_all:.2f} ± {spread:.2f} times as fast")
+    return "\n".join(lines)
 
 
 def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     """A row for each learning rate of each arm."""
-    reference = curves_of(results, study.reference)
+    reference = list(curves_of(results, study.reference).values())
     base = mean(curve[0]["reward"] for curve in reference)
     final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in reference)
     lines = [
@@ -199,7 +238,8 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     ]
     levels = [base + share * (final - base) for share in (0.5, 0.75, 1.0)]
     for arm in study.arms:
-        for lr, curves in curves_by_rate(results, arm).items():
+        for lr, by_seed in curves_by_rate(results, arm).items():
+            curves = list(by_seed.values())
             ends = [curve[-1]["reward"] for curve in curves]
             spread = f" ± {stdev(ends):.3f}" if len(ends) > 1 else ""
             lines.append(
@@ -232,12 +272,12 @@ def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
     return f"{mean(ends):.3f} | {mean(lengths):.3f}" if ends else "- | -"
 
 
-def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
+def picture(arms: Iterable[str], results: Sequence[dict[str, Any]]) -> Image.Image:
     """The reward over seconds of one core: a line per arm for the mean of its seeds, thin ones for each seed."""
     left, top, width, height = 56, 16, 560, 300
     image = Image.new("RGB", (left + width + 200, top + height + 48), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    curves = {arm: curves_of(results, arm) for arm in study.arms}
+    curves = {arm: list(curves_of(results, arm).values()) for arm in arms}
     points = [point for runs in curves.values() for curve in runs for point in curve]
     last = max(point["cpu_seconds"] for point in points)
     low, high = (f(point["reward"] for point in points) for f in (min, max))
@@ -254,11 +294,7 @@ def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
     for place, ((arm, runs), colour) in enumerate(zip(shown, COLOURS[: len(shown)], strict=True)):
         for curve in runs:
             draw.line([at(point) for point in curve], fill=colour, width=1)
-        mean_of = [
-            {name: mean(p[name] for p in points) for name in ("cpu_seconds", "reward")}
-            for points in zip(*runs, strict=False)
-        ]
-        draw.line([at(point) for point in mean_of], fill=colour, width=3)
+        draw.line([at(point) for point in mean_curve(runs)], fill=colour, width=3)
         draw.text((left + width + 14, top + 20 * place), arm, fill=colour, font=font)
     draw.text((left, top + height + 8), "0", fill=QUIET, font=font)
     draw.text((left + width - 20, top + height + 8), f"{last:.0f}", fill=QUIET, font=font)
@@ -279,18 +315,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/road_to_reward.json"))
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
-    parser.add_argument("--picture", type=Path, help="with --table: also draw it")
+    parser.add_argument("--compare", nargs=2, metavar="NAME", help="with --table: also two arms, seed by seed")
+    parser.add_argument("--picture", type=Path, help="with --table: also draw it, or the --arms alone")
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
-    for arm in set(arguments.arms or ()) - set(study.arms):
-        parser.error(f"--arms: {arm!r} is not in the study {arguments.study}, which has {', '.join(study.arms)}")
+    for arm in {*(arguments.arms or ()), *(arguments.compare or ())} - set(study.arms):
+        parser.error(f"{arm!r} is not in the study {arguments.study}, which has {', '.join(study.arms)}")
     torch.set_num_threads(arguments.threads)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     if arguments.table:
         results = of_task(results, arguments.model, arguments.reward)
         print(table(study, results))
+        if arguments.compare:
+            print(f"\n{comparison(results, *arguments.compare)}")
         if arguments.picture:
-            picture(study, results).save(arguments.picture, optimize=True)
+            picture(arguments.arms or study.arms, results).save(arguments.picture, optimize=True)
         return
     until = time.monotonic() + 60 * arguments.minutes
     task: Changes = {"reward": {"terms": [{"name": arguments.reward}]}, "model": {"path": arguments.model}}

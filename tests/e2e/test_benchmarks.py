@@ -88,16 +88,40 @@ def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeyp
     assert survey.reached_at(line, 2.5) == pytest.approx(25) and survey.reached_at(line, 9.0) is None
 
 
-@pytest.mark.slow
-def test_every_arm_of_the_road_can_be_run_for_the_work_of_the_reference(monkeypatch):
+def test_every_arm_of_the_road_has_a_length_of_equal_work(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     search, road = importlib.import_module("search"), importlib.import_module("road_to_reward")
-    reference = search.config_of(road.ARMS[road.REFERENCE], seed=0)
-    lengths = {arm: road.length_of(search.config_of(changes, seed=0), reference) for arm, changes in road.ARMS.items()}
-    assert lengths[road.REFERENCE] == road.LENGTH == 2 * lengths["dgpo, plain 24"] - 1  # 37.5 is rounded up
-    assert lengths["grpo, plain 12"] == 2 * lengths["grpo, plain 24"]
-    # fewer members are trained, most are sampled
-    assert lengths["grpo, plain 24"] < lengths["grpo, flash"] < lengths["grpo, plain 12"]
+    for study in road.STUDIES.values():
+        work = {arm: road.work_of(search.config_of(study.arms[arm], 0), study.decode) for arm in study.arms}
+        assert all(value > 0 for value in work.values())
+    # GRPO with decodes for one call: 24 members, 6 calls and 5 trained steps of 3 calls each; a quarter after 3
+    assert work["plain 24"] == road.PROMPTS * 24 * (6 + 1 + 3 * 5)
+    assert work["6 of 24 after 3"] == road.PROMPTS * (24 * (4 + 1) + 6 * (2 + 1 + 3 * 5))
+    # three trained steps
+    assert work["first 3, plain 6"] == road.PROMPTS * 6 * (6 + 1 + 3 * 3)
+
+
+def test_arms_of_the_road_are_compared_seed_by_seed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    road = importlib.import_module("road_to_reward")
+
+    def line(arm, lr, seed, slope):
+        curve = [{"cpu_seconds": 10.0 * i, "reward": 0.5 + slope * i} for i in range(9)]
+        return {"arm": arm, "lr": lr, "seed": seed, "curve": curve}
+
+    slow = [line("slow", 1e-4, seed, slope) for seed, slope in enumerate((0.008, 0.012))]
+    fast = [line("fast", 2e-4, seed, slope) for seed, slope in enumerate((0.018, 0.022))]
+    other_rate, own_seed = line("fast", 1e-4, 0, 0.5), line("fast", 2e-4, 5, 0.0)
+    results = [*slow, *fast, other_rate, own_seed]
+    lines = road.comparison(results, "fast", "slow").splitlines()
+    assert lines[0] == "fast over slow: +0.080 ± 0.000 at equal work (2 seeds)"
+    # without either seed it is 0.022 / 0.012 and 0.018 / 0.008 times as fast
+    spread = (0.018 / 0.008 - 0.022 / 0.012) / 2
+    assert lines[1] == f"to 50% of the latter's gain: 2.00 ± {spread:.2f} times as fast"
+    # the slow one gains its whole gain at its end, after 80 seconds; its smoothed end is that of 75
+    assert lines[3].startswith(f"to 100% of the latter's gain: {80 / 37.5:.2f} ± ")
+    backwards = road.comparison(results, "slow", "fast").splitlines()
+    assert backwards[3] == "to 100% of the latter's gain: not reached without one of the seeds"
 
 
 def test_a_noise_scale_is_estimated_where_it_is_known(monkeypatch):
