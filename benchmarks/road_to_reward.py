@@ -11,7 +11,8 @@ nine are trained, as Flow-GRPO and DanceGRPO have it. All arms of the study `grp
 five are trained. Each arm runs for the work of a fixed number of iterations of its study's reference, counted as
 network calls and trained steps by the unit costs that the machine has for them (`TRAINED`), so that its length is fixed
 before it begins. Learning rates fall to zero over that length. Runs in `--out` are kept, seed by seed, so that the same
-command goes on. An arm's rate is the one that was run with the most seeds.
+command goes on; runs at another `--lr` are kept beside them. The table has a row for each rate. The reference, the
+picture and `--compare` have the rate with the most seeds, of equals the one that ends highest.
 
 The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
 seconds of one core: the mean over the seeds that gain it. Curves are smoothed over three evaluations.
@@ -26,7 +27,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -67,23 +68,22 @@ DGPO = changed(
 )
 HALF: Changes = {"plan": {"group_size": GROUP, "final_keep": 12}}
 LATE: Changes = {"plan": {"group_size": 12, "prune": [[4, 6]]}}
-HELD: Changes = {"objective": {"dgpo": {"kl_beta": 0.01}}, "optim": {"lr": 2e-4}}
+EARLY: Changes = {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}
+SIX: Changes = {"plan": {"group_size": 6}}
+UNIFORM_LATE = changed(LATE, {"plan": {"selector": "uniform"}})
 GROUP_STATISTICS: Changes = {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}}
+HELD = changed(DGPO, {"objective": {"dgpo": {"kl_beta": 0.01}}, "optim": {"lr": 2e-4}})
 DGPO_ARMS: dict[str, Changes] = {
     "dgpo, plain 12": DGPO,
-    "dgpo, 12 of 24 after 2": changed(DGPO, {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}),
+    "dgpo, 12 of 24 after 2": changed(DGPO, EARLY),
     "dgpo, 6 of 12 after 4": changed(DGPO, LATE),
-    "dgpo, plain 6": changed(DGPO, {"plan": {"group_size": 6}}),
-    "dgpo, uniform 6 of 12 after 4": changed(DGPO, changed(LATE, {"plan": {"selector": "uniform"}})),
-    "dgpo, KL 0.01, plain 12": changed(DGPO, HELD),
-    "dgpo, KL 0.01, 12 of 24 after 2": changed(
-        DGPO, changed(HELD, {"plan": {"group_size": GROUP, "prune": [[2, 12]]}})
-    ),
-    "dgpo, KL 0.01, 6 of 12 after 4": changed(DGPO, changed(HELD, LATE)),
-    "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(
-        DGPO, changed(HELD, changed(LATE, {"plan": {"selector": "uniform"}}))
-    ),
-    "dgpo, KL 0.01, plain 6": changed(DGPO, changed(HELD, {"plan": {"group_size": 6}})),
+    "dgpo, plain 6": changed(DGPO, SIX),
+    "dgpo, uniform 6 of 12 after 4": changed(DGPO, UNIFORM_LATE),
+    "dgpo, KL 0.01, plain 12": HELD,
+    "dgpo, KL 0.01, 12 of 24 after 2": changed(HELD, EARLY),
+    "dgpo, KL 0.01, 6 of 12 after 4": changed(HELD, LATE),
+    "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(HELD, UNIFORM_LATE),
+    "dgpo, KL 0.01, plain 6": changed(HELD, SIX),
     "dgpo, furthest 12 of 24": changed(DGPO, changed(HALF, GROUP_STATISTICS)),
     "dgpo, posthoc 12 of 24": changed(DGPO, HALF),
     "dgpo, plain 24": changed(DGPO, {"plan": {"group_size": GROUP}}),
@@ -94,14 +94,14 @@ DGPO_ARMS: dict[str, Changes] = {
 }
 SHORT = changed(PLAIN, {"sampling": {"num_inference_steps": 6}, "optim": {"lr": 5e-5}})
 FIRST_3 = changed(SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}})
-FIRST_3_PRUNED = changed(FIRST_3, {"plan": {"prune": [[2, 12]]}})
+FIRST_3_PRUNED = changed(FIRST_3, EARLY)
 LORA: Changes = {"model": {"weights": "lora"}, "optim": {"lr": 3e-4}}
 GRPO_ARMS: dict[str, Changes] = {
     "plain 24": SHORT,
     "plain 12": changed(SHORT, {"plan": {"group_size": 12}}),
     "posthoc 12 of 24": changed(SHORT, HALF),
     "12 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 12]]}}),
-    "plain 6": changed(SHORT, {"plan": {"group_size": 6}}),
+    "plain 6": changed(SHORT, SIX),
     "6 of 12 after 4": changed(SHORT, LATE),
     "6 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 6]]}}),
     "uniform 12 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 12]], "selector": "uniform"}}),
@@ -110,7 +110,7 @@ GRPO_ARMS: dict[str, Changes] = {
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
     "first 3, plain 24": FIRST_3,
     "first 3, 12 of 24 after 2": FIRST_3_PRUNED,
-    "first 3, plain 6": changed(FIRST_3, {"plan": {"group_size": 6}}),
+    "first 3, plain 6": changed(FIRST_3, SIX),
     "first 3, 6 of 12 after 4": changed(FIRST_3, LATE),
     "first 3, LoRA, plain 24": changed(FIRST_3, LORA),
     "first 3, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
@@ -208,6 +208,8 @@ def comparison(results: Sequence[dict[str, Any]], arm: str, other: str) -> str:
     """
     first, second = curves_of(results, arm), curves_of(results, other)
     seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < 2:
+        return f"{arm} and {other}: {len(seeds)} seeds in common; a comparison takes two"
     differences = [first[seed][-1]["reward"] - second[seed][-1]["reward"] for seed in seeds]
     error = stdev(differences) / len(seeds) ** 0.5
     lines = [f"{arm} over {other}: {mean(differences):+.3f} ± {error:.3f} at equal work ({len(seeds)} seeds)"]
@@ -291,7 +293,7 @@ def picture(arms: Iterable[str], results: Sequence[dict[str, Any]]) -> Image.Ima
         draw.line((left, y, left + width, y), fill=(225, 228, 232))
         draw.text((8, y - 7), f"{value:.3f}", fill=QUIET, font=font)
     shown = [(arm, runs) for arm, runs in curves.items() if runs]
-    for place, ((arm, runs), colour) in enumerate(zip(shown, COLOURS[: len(shown)], strict=True)):
+    for place, ((arm, runs), colour) in enumerate(zip(shown, cycle(COLOURS), strict=False)):
         for curve in runs:
             draw.line([at(point) for point in curve], fill=colour, width=1)
         draw.line([at(point) for point in mean_curve(runs)], fill=colour, width=3)

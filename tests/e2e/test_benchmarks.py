@@ -91,14 +91,16 @@ def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeyp
 def test_every_arm_of_the_road_has_a_length_of_equal_work(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     search, road = importlib.import_module("search"), importlib.import_module("road_to_reward")
-    for study in road.STUDIES.values():
-        work = {arm: road.work_of(search.config_of(study.arms[arm], 0), study.decode) for arm in study.arms}
-        assert all(value > 0 for value in work.values())
+    study = road.STUDIES["grpo"]
+    work = {arm: road.work_of(search.config_of(changes, 0), study.decode) for arm, changes in study.arms.items()}
     # GRPO with decodes for one call: 24 members, 6 calls and 5 trained steps of 3 calls each; a quarter after 3
     assert work["plain 24"] == road.PROMPTS * 24 * (6 + 1 + 3 * 5)
     assert work["6 of 24 after 3"] == road.PROMPTS * (24 * (4 + 1) + 6 * (2 + 1 + 3 * 5))
     # three trained steps
     assert work["first 3, plain 6"] == road.PROMPTS * 6 * (6 + 1 + 3 * 3)
+    # DGPO with a distance: its network, the reference and the old one, of two draws
+    held = road.STUDIES["dgpo"].arms["dgpo, KL 0.01, plain 6"]
+    assert road.work_of(search.config_of(held, 0), 0.0) == road.PROMPTS * 6 * (6 + 2 * (3 + 2))
 
 
 def test_arms_of_the_road_are_compared_seed_by_seed(monkeypatch):
@@ -122,6 +124,7 @@ def test_arms_of_the_road_are_compared_seed_by_seed(monkeypatch):
     assert lines[3].startswith(f"to 100% of the latter's gain: {80 / 37.5:.2f} ± ")
     backwards = road.comparison(results, "slow", "fast").splitlines()
     assert backwards[3] == "to 100% of the latter's gain: not reached without one of the seeds"
+    assert road.comparison(results[1:], "fast", "slow") == "fast and slow: 1 seeds in common; a comparison takes two"
 
 
 def test_a_noise_scale_is_estimated_where_it_is_known(monkeypatch):
