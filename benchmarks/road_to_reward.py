@@ -95,6 +95,7 @@ DGPO_ARMS: dict[str, Changes] = {
 SHORT = changed(PLAIN, {"sampling": {"num_inference_steps": 6}, "optim": {"lr": 5e-5}})
 FIRST_3 = changed(SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}})
 FIRST_3_PRUNED = changed(FIRST_3, EARLY)
+FIRST_3_HELD = changed(FIRST_3, {"objective": {"name": "grpo", "grpo": {"kl_beta": 0.04}}, "optim": {"lr": 1e-4}})
 LORA: Changes = {"model": {"weights": "lora"}, "optim": {"lr": 3e-4}}
 GRPO_ARMS: dict[str, Changes] = {
     "plain 24": SHORT,
@@ -112,6 +113,10 @@ GRPO_ARMS: dict[str, Changes] = {
     "first 3, 12 of 24 after 2": FIRST_3_PRUNED,
     "first 3, plain 6": changed(FIRST_3, SIX),
     "first 3, 6 of 12 after 4": changed(FIRST_3, LATE),
+    "first 3, KL 0.04, plain 24": FIRST_3_HELD,
+    "first 3, KL 0.04, 12 of 24 after 2": changed(FIRST_3_HELD, EARLY),
+    "first 3, KL 0.04, plain 6": changed(FIRST_3_HELD, SIX),
+    "first 3, KL 0.04, 6 of 12 after 4": changed(FIRST_3_HELD, LATE),
     "first 3, LoRA, plain 24": changed(FIRST_3, LORA),
     "first 3, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
 }
