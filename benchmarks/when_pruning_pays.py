@@ -4,6 +4,7 @@
     python benchmarks/when_pruning_pays.py --choice auto # those cells alone whose choice begins so
     python benchmarks/when_pruning_pays.py --negatives   # weights of negative advantages, to a file of their own
     python benchmarks/when_pruning_pays.py --gradients   # the bias and the signal of each choice's gradient
+    python benchmarks/when_pruning_pays.py --previews    # how previews agree, and how long an iteration takes
     python benchmarks/when_pruning_pays.py --page        # the page and the picture from --out; trains nothing
 
 A cell is an objective, a choice of members and a shape of reward. It is run with several learning rates and numbers of
@@ -23,12 +24,12 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from progrpo.config import (
     ObjectiveSettings,
     OptimSettings,
     PlanSettings,
+    PreviewSettings,
     PromptSettings,
     SamplingSettings,
     check,
@@ -54,9 +56,11 @@ from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset
+from progrpo.rollout.plan_value import of_prompt
 from progrpo.rollout.preview import preview, score
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, ode, sampling_for
+from progrpo.tracking.statistics import spearman
 from progrpo.training.collector import Batch
 from progrpo.training.distributed import Ranks
 from progrpo.training.errors import SelfCheckError
@@ -69,6 +73,9 @@ from progrpo.zoo.toy.rewards import ToyReward
 
 PAGE = Path("docs/results/when_pruning_pays.md")
 NEGATIVES = Path("docs/results/negative_weight.json")
+GRADIENTS = Path("docs/results/when_pruning_pays_gradients.json")
+PREVIEWS = Path("docs/results/when_pruning_pays_previews.json")
+ENGINE = Path("docs/results/engine.json")
 PICTURE = Path("docs/images/when_pruning_pays.png")
 STEPS, GROUP = 10, 24
 RATIOS = (0.3, 1.0, 4.0)
@@ -76,6 +83,7 @@ REWARD = 0.07  # of a member's sampling: SD 3.5's decode and PickScore over ten 
 PROMPTS = (2, 4, 8)
 PROBED, SEEDS = 1, 10
 BUDGET = 320  # groups that a run of plain groups of 24 samples at most
+AT = (4e-3, 4)  # the learning rate and prompts at which the norms of updates are compared
 EVERY = 32  # groups between evaluations
 HELD_OUT = 128
 INK, QUIET = (40, 44, 52), (128, 134, 144)
@@ -89,13 +97,17 @@ class Choice:
     """A way to choose the members that are trained on."""
 
     plan: Plan = FULL
+    """With `keep_groups` 1 half of the groups go on."""
     selector: str = "ovf"
     baseline: Literal["survivors", "group"] = "survivors"
     negative_weight: float = 1.0
+    final_negative_weight: float | None = None
+    ode_steps: int = 1
+    """Those of a preview."""
     auto_ratio: float | None = None
     """The ratio R whose costs `plan.preset auto` is given; None: the plan is fixed."""
 
-    def settings(self) -> PlanSettings:
+    def settings(self, prompts: int = 2) -> PlanSettings:
         if self.auto_ratio is not None:
             return PlanSettings("auto")
         return PlanSettings(
@@ -103,13 +115,15 @@ class Choice:
             group_size=self.plan.group_size,
             prune=tuple((point.step, point.keep) for point in self.plan.prune),
             final_keep=self.plan.final_keep,
+            keep_groups=None if self.plan.keep_groups is None else prompts // 2,
             selector=self.selector,
         )
 
-    def cost(self, ratio: float) -> float:
+    def cost(self, ratio: float, preview: float = REWARD) -> float:
         """The cost of a group, in units of sampling one member to its end."""
-        cost = self.plan.predict(STEPS, 1, guidance=False)
-        return cost.nfe / STEPS + REWARD * cost.reward_calls + ratio * cost.trained_steps
+        cost = self.plan.predict(STEPS, 1, guidance=False, ode_steps=self.ode_steps, prompts=2)
+        scores = REWARD * (cost.reward_calls - cost.previews) + preview * cost.previews
+        return (cost.nfe / STEPS + scores + ratio * cost.trained_steps) / 2
 
 
 def pruned(step: int, keep: int, group: int = GROUP) -> Plan:
@@ -136,6 +150,7 @@ CHOICES: dict[str, Choice] = {
     "furthest 6, group": Choice(posthoc(6), "furthest", "group"),
     "ovf 6, group": Choice(posthoc(6), baseline="group"),
     "uniform 12 after 4": Choice(pruned(4, 12), "uniform"),
+    "uniform 6 of 12 after 8": Choice(pruned(8, 6, 12), "uniform"),
     "standard": Choice(preset("standard", STEPS)),
     "flash": Choice(preset("flash", STEPS)),
     "6 of 12 after 8": Choice(pruned(8, 6, 12)),
@@ -145,12 +160,48 @@ CHOICES: dict[str, Choice] = {
 AUTO = {ratio: f"auto, R {ratio:g}" for ratio in RATIOS}
 FIXED = dict(CHOICES)
 CHOICES |= {name: Choice(auto_ratio=ratio) for ratio, name in AUTO.items()}
-WEIGHTS = (1.0, 0.5, 0.25, 0.0)
-"""The weights of negative advantages that are compared."""
+OVER_GROUPS = {
+    "6 of 12 after 8": "6 of 12 after 8, over groups",
+    "posthoc 12": "posthoc 12, over groups",
+    "furthest 6, group": "furthest 6, group, over groups",
+}
+"""Choices that keep as many members of every group, and those that allot as many over an iteration's groups."""
+HALVED = {
+    "plain 12": "plain 12, half the groups after 8",
+    "6 of 12 after 8": "6 of 12 after 8, half the groups",
+}
+"""Choices, and the same that stop half of an iteration's groups whole, by their previews."""
 CHOICES |= {
-    f"{name}, negatives {weight:g}": replace(CHOICES[name], negative_weight=weight)
+    "6 of 12 after 8, over groups": Choice(pruned(8, 6, 12), "allotment:by_variance"),
+    "posthoc 12, over groups": Choice(posthoc(12), "allotment:by_variance"),
+    "furthest 6, group, over groups": Choice(posthoc(6), "allotment:by_advantage", "group"),
+    "plain 12, half the groups after 8": Choice(replace(pruned(8, 12, 12), keep_groups=1)),
+    "6 of 12 after 8, half the groups": Choice(replace(pruned(8, 6, 12), keep_groups=1)),
+}
+ODE_STEPS = (1, 2, 4)
+PREVIEWED = ("6 of 12 after 8", "12 after 4")
+"""Choices whose previews are compared by their number of ODE steps."""
+CHOICES |= {
+    f"{name}, {count} ODE steps": replace(CHOICES[name], ode_steps=count)
+    for name in PREVIEWED
+    for count in ODE_STEPS[1:]
+}
+AGREEING = ("12 after 4", "12 after 6", "12 after 8", "6 of 12 after 8")
+"""Choices whose previews are measured."""
+PREVIEW_COSTS = (0.0, REWARD, 0.2, 0.4)
+WEIGHTS = ("1", "0.5", "0.25", "0", "1 to 0.25", "1 to 0")
+"""The weights of negative advantages that are compared, some of which fall over a run."""
+
+
+def _weighted(choice: Choice, weights: str) -> Choice:
+    first, _, last = weights.partition(" to ")
+    return replace(choice, negative_weight=float(first), final_negative_weight=float(last) if last else None)
+
+
+CHOICES |= {
+    f"{name}, negatives {weights}": _weighted(CHOICES[name], weights)
     for name in ("plain 12", "posthoc 6")
-    for weight in WEIGHTS
+    for weights in WEIGHTS
 }
 AUDITED = 40  # groups between the audits of `auto`
 PLAIN = ("plain 6", "plain 12", "plain 24")
@@ -169,6 +220,8 @@ OBJECTIVES: dict[str, tuple[float, ...]] = {
     "dgpo": (1e-3, 2e-3, 4e-3, 8e-3),
     "elbo": (1e-3, 2e-3, 4e-3, 8e-3),
 }
+EDGES = ("plain 12", "6 of 12 after 8")
+"""Choices that are tried at twice the largest rate under the objectives of the forward process."""
 SHAPES = ("heavy", "peaked", "binary", "noisy")
 
 
@@ -216,13 +269,38 @@ def cells() -> Iterator[Cell]:
             yield Cell("grpo", choice, shape)
 
 
+def more_cells() -> Iterator[Cell]:
+    """The cells beside the map: survivors allotted over groups, groups stopped whole, and better previews."""
+    for shape in ("smooth", "binary"):
+        for choice in OVER_GROUPS.values():
+            yield Cell("grpo", choice, shape)
+    for choice in HALVED.values():
+        yield Cell("grpo", choice, "binary")
+    yield Cell("dgpo", OVER_GROUPS["6 of 12 after 8"], "smooth")
+    for choice in CHOICES:
+        if choice.endswith("ODE steps"):
+            yield Cell("grpo", choice, "smooth")
+
+
 def negative_cells() -> Iterator[Cell]:
-    """The cells that compare weights of negative advantages, after the plain groups whose gain is the goal."""
-    for objective in ("grpo", "awm", "nft", "dgpo"):
+    """The cells that compare weights of negative advantages, after the plain groups whose gain is the goal.
+
+    Weights that fall are of GRPO and AWM.
+    """
+    for objective in OBJECTIVES:
         yield Cell(objective, "plain 24", "smooth")
         for name in CHOICES:
-            if "negatives" in name:
+            if "negatives" in name and (" to " not in name or objective in ("grpo", "awm")):
                 yield Cell(objective, name, "smooth")
+
+
+def tried(cell: Cell) -> Iterator[tuple[float, int]]:
+    """The learning rates and prompts that are tried of a cell."""
+    rates = OBJECTIVES[cell.objective]
+    if cell.choice in EDGES and cell.objective in ("awm", "nft", "dgpo") and cell.shape == "smooth":
+        rates = (*rates, 2 * rates[-1])
+    few = "negatives" in cell.choice and (cell.objective in ("elbo", "grpo window") or " to " in cell.choice)
+    return ((lr, prompts) for prompts in ((4,) if few else PROMPTS) for lr in rates)
 
 
 def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
@@ -236,7 +314,8 @@ def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
         sampling=SamplingSettings(
             num_inference_steps=STEPS, microbatch=4096, sde_window="first" if window else "auto", sde_window_size=3
         ),
-        plan=choice.settings(),
+        plan=choice.settings(prompts),
+        preview=PreviewSettings(ode_steps=choice.ode_steps),
         objective=_objective(name, choice),
         optim=OptimSettings(lr=lr, decay=0.0, microbatch=8192, max_grad_norm=1e9),
         audit=AuditSettings(every=0 if choice.auto_ratio is None else AUDITED // prompts),
@@ -247,7 +326,11 @@ def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
 
 def _objective(name: str, choice: Choice) -> ObjectiveSettings:
     settings = ObjectiveSettings(name=name, baseline=choice.baseline)
-    section: dict[str, Any] = {name: replace(settings.loss, negative_weight=choice.negative_weight)}
+    weights: dict[str, Any] = {
+        "negative_weight": choice.negative_weight,
+        "final_negative_weight": choice.final_negative_weight,
+    }
+    section: dict[str, Any] = {name: replace(settings.loss, **weights)}
     return replace(settings, **section)
 
 
@@ -343,9 +426,9 @@ Curve = Sequence[tuple[float, float]]
 
 
 def smoothed(curve: Curve) -> list[tuple[float, float]]:
-    """The curve as means of three, so that a lucky evaluation does not count."""
+    """The curve as means of three, so that a lucky evaluation does not count, and its first point as it is."""
     values = [value for _, value in curve]
-    return [(at, mean(values[max(0, i - 1) : i + 2])) for i, (at, _) in enumerate(curve)]
+    return [(at, mean(values[i - 1 : i + 2]) if i else values[0]) for i, (at, _) in enumerate(curve)]
 
 
 def reached_at(curve: Curve, level: float) -> float | None:
@@ -426,6 +509,15 @@ class Results:
         """The most seeds that a setting of a cell was run with."""
         return max(Counter((entry["lr"], entry["prompts"]) for entry in self.of(cell)).values(), default=0)
 
+    def costs(self, cell: Cell, share: float, ratio: float) -> tuple[list[float], tuple[float, int]] | None:
+        """The costs to a share of the goal under the cell's best settings, a run each, and these settings."""
+        ends = self.ends(cell.objective, cell.shape)
+        best = None if ends is None else self.best(cell, level_of(ends, share), ratio, self.most_seeds(cell))
+        if ends is None or best is None:
+            return None
+        runs = [r for r in self.of(cell) if (r["lr"], r["prompts"]) == best]
+        return [cost_to(r, level_of(ends, share), ratio) for r in runs], best
+
 
 def level_of(ends: tuple[float, float], share: float) -> float:
     return ends[0] + share * (ends[1] - ends[0])
@@ -434,11 +526,10 @@ def level_of(ends: tuple[float, float], share: float) -> float:
 def work(results: Results, order: Sequence[Cell], seeds: int) -> Iterator[tuple[Cell, float, int, int]]:
     """The runs that are left to do, in order: for each cell all settings, then more seeds of its best ones."""
     for cell in order:
-        for prompts in PROMPTS:
-            for lr in OBJECTIVES[cell.objective]:
-                for seed in range(PROBED):
-                    if not results.has(cell, lr, prompts, seed):
-                        yield cell, lr, prompts, seed
+        for lr, prompts in tried(cell):
+            for seed in range(PROBED):
+                if not results.has(cell, lr, prompts, seed):
+                    yield cell, lr, prompts, seed
         ends = results.ends(cell.objective, cell.shape)
         assert ends is not None
         settings = dict.fromkeys(results.best(cell, level_of(ends, 0.9), ratio) for ratio in RATIOS)
@@ -448,9 +539,9 @@ def work(results: Results, order: Sequence[Cell], seeds: int) -> Iterator[tuple[
                     yield cell, *best, seed
 
 
-def next_work(results: Results, order: Sequence[Cell]) -> tuple[Cell, float, int, int] | None:
-    """The next run: three seeds of every cell come before ten of any."""
-    for seeds in (3, SEEDS):
+def next_work(results: Results, order: Sequence[Cell], most: int = SEEDS) -> tuple[Cell, float, int, int] | None:
+    """The next run: three seeds of every cell come before more of any."""
+    for seeds in (3, most):
         for item in work(results, order, seeds):
             return item
     return None
@@ -459,14 +550,25 @@ def next_work(results: Results, order: Sequence[Cell]) -> tuple[Cell, float, int
 # --- the prediction ---------------------------------------------------------------------------------------------------
 
 
+class Kept(NamedTuple):
+    """V, the variance of the kept final rewards over that of all, and how the last previews agree with final rewards.
+
+    The agreement is Spearman's correlation within a group, over all its members; None without previews.
+    """
+
+    variance: float
+    agreement: float | None
+
+
 @torch.no_grad()
-def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int, prompts: int = 128) -> float:
-    """V: the variance of the kept final rewards over that of all, at the untrained model."""
+def kept_by(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int, prompts: int = 128) -> Kept:
+    """What a choice keeps of groups that are sampled to their end, at the policy's weights."""
     plan = choice.plan
     settings = SamplingSettings(num_inference_steps=STEPS, microbatch=4096)
     sampling = sampling_for(policy, settings, range(stochastic), Record())
     selector = PlanSettings(selector=choice.selector).load_selector()
-    sampler = Sampler(policy, mixture(shape), sampling, plan, selector)
+    drafts = PreviewSettings(ode_steps=choice.ode_steps)
+    sampler = Sampler(policy, mixture(shape), sampling, plan, selector, drafts)
     texts, slots, key = world.prompts(prompts), torch.arange(prompts), NoiseKey(0, 0)
     condition = policy.encode(texts)
     keeps = {point.step: point.keep for point in plan.active_points()}
@@ -481,6 +583,8 @@ def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int
     batch = expand(policy, slots, plan.group_size, sampling, key)
     batch = denoise(sampler.denoiser(condition), batch, key, Meter(), watch)
     final_PG = score(sampler, texts, batch.group_N, batch.x_NCHW, Meter())[1].value_N.reshape(prompts, -1)
+    last = [scores_PG.numpy() for scores_PG, _ in scores[-1:]]
+    agreements = [spearman(*pair) for scores_PG in last for pair in zip(scores_PG, final_PG.numpy(), strict=True)]
     if plan.final_keep is not None:
         scores.append((final_PG, plan.final_keep))
     living_PK = torch.arange(plan.group_size).expand(prompts, -1)
@@ -489,7 +593,8 @@ def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int
         there_PK = torch.ones_like(by_PK, dtype=torch.bool)
         living_PK = living_PK.gather(1, selector(by_PK, keep, there_PK, key.group_seeds(slots, 0)).indices_PK)
     kept = final_PG.gather(1, living_PK)
-    return float(kept.var(1, correction=0).mean() / final_PG.var(1, correction=1).mean())
+    variance = float(kept.var(1, correction=0).mean() / final_PG.var(1, correction=1).mean())
+    return Kept(variance, mean(a for a in agreements if a is not None) if agreements else None)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -510,35 +615,102 @@ class Gradient(TypedDict):
     """The same ratio of signals by k V."""
 
 
-def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list[Gradient]:
-    """The gradients of GRPO in float64, before training and after some of it, of every choice on the same prompts."""
-    results: list[Gradient] = []
+def gradients(network: ToyNetwork, known: Sequence[Gradient], prompts: int = 1024, batch: int = 64) -> list[Gradient]:
+    """The gradients of GRPO in float64, before training and after some of it, of every choice on the same prompts.
+
+    Those that are `known` are not taken again.
+    """
+    results = {(row["choice"], row["after"]): row for row in known}
     for after in (0, 40):
-        trained = deepcopy(network)
-        trainer = _trainer(Cell("grpo", "plain 24", "smooth"), 4e-3, 4, 0, ToyPolicy(trained))
-        for _ in range(after):
-            trainer.step()
-        policy = ToyPolicy(trained, torch.float64)
+        missing = [name for name in FIXED if (name, after) not in results]
+        if not missing:
+            continue
+        policy = ToyPolicy(_after(network, after), torch.float64)
         batches = toy_batches(prompts // batch, batch)
-        trainers = {name: _trainer(Cell("grpo", name, "smooth"), 1e-3, batch, 1, policy) for name in FIXED}
-        by_choice = {name: batch_gradients(trainer, batches, 1) for name, trainer in trainers.items()}
-        full = by_choice["plain 24"].mean(0)
-        signals = {name: signal(rows_BD, full, batch) for name, rows_BD in by_choice.items()}
-        kept = {name: kept_variance(policy, choice, "smooth", STEPS) for name, choice in FIXED.items()}
-        for name, choice in FIXED.items():
-            own = by_choice[name].mean(0)
-            results.append(
-                {
+
+        def rows_of(name: str, policy: ToyPolicy = policy, batches: list[list[Prompt]] = batches) -> torch.Tensor:
+            return batch_gradients(_trainer(Cell("grpo", name, "smooth"), 1e-3, batch, 1, policy), batches, 1)
+
+        full_BD = rows_of("plain 24")
+        full = full_BD.mean(0)
+        for name in missing:
+            own_BD, choice = rows_of(name), CHOICES[name]
+            kept = kept_by(policy, choice, "smooth", STEPS).variance
+            row: Gradient = {
+                "choice": name,
+                "after": after,
+                "bearing": round(float(torch.cosine_similarity(own_BD.mean(0), full, dim=0)), 4),
+                "signal": round(signal(own_BD, full, batch) / signal(full_BD, full, batch), 3),
+                "kept_variance": round(kept, 3),
+                "predicted": round(choice.plan.survivors * kept / (GROUP - 1), 3),
+            }
+            results[name, after] = row
+            print(row, flush=True)
+    return [results[name, after] for after in (0, 40) for name in FIXED]
+
+
+def _after(network: ToyNetwork, iterations: int) -> ToyNetwork:
+    """The network after so many iterations of plain GRPO."""
+    trained = deepcopy(network)
+    trainer = _trainer(Cell("grpo", "plain 24", "smooth"), 4e-3, 4, 0, ToyPolicy(trained))
+    for _ in range(iterations):
+        trainer.step()
+    return trained
+
+
+class Previewed(TypedDict):
+    """A choice by previews under GRPO on the smooth reward."""
+
+    choice: str
+    ode_steps: int
+    after: int
+    """Iterations of plain GRPO before it."""
+    agreement: float
+    kept_variance: float
+
+
+class Previews(TypedDict):
+    """How previews agree, and what an iteration takes."""
+
+    machine: str
+    milliseconds: dict[str, float]
+    """The CPU time of an iteration on one thread, by choice."""
+    previews: list[Previewed]
+
+
+def previewed(network: ToyNetwork) -> Previews:
+    """Measure previews by their number of ODE steps, and the milliseconds of an iteration."""
+    rows: list[Previewed] = []
+    for after in (0, 40):
+        policy = ToyPolicy(_after(network, after))
+        for name in AGREEING:
+            for count in ODE_STEPS:
+                kept = kept_by(policy, replace(CHOICES[name], ode_steps=count), "smooth", STEPS, prompts=512)
+                assert kept.agreement is not None
+                row: Previewed = {
                     "choice": name,
+                    "ode_steps": count,
                     "after": after,
-                    "bearing": round(float(torch.cosine_similarity(own, full, dim=0)), 4),
-                    "signal": round(signals[name] / signals["plain 24"], 3),
-                    "kept_variance": round(kept[name], 3),
-                    "predicted": round(choice.plan.survivors * kept[name] / (GROUP - 1), 3),
+                    "agreement": round(kept.agreement, 3),
+                    "kept_variance": round(kept.variance, 3),
                 }
-            )
-            print(results[-1], flush=True)
-    return results
+                rows.append(row)
+    spent = {name: milliseconds(network, name) for name in ("plain 24", "plain 12", "6 of 12 after 8")}
+    machine = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return {"machine": machine.partition(": ")[2], "milliseconds": spent, "previews": rows}
+
+
+def milliseconds(network: ToyNetwork, name: str, blocks: int = 5, iterations: int = 10) -> float:
+    """The CPU time of an iteration of 4 prompts under GRPO: the least of some blocks, since other work slows them."""
+    trainer = _trainer(Cell("grpo", name, "smooth"), 1e-3, 4, 0, ToyPolicy(deepcopy(network)))
+    trainer.step()
+    spent = []
+    for _ in range(blocks):
+        start = time.process_time()
+        for _ in range(iterations):
+            trainer.step()
+        spent.append(1000 * (time.process_time() - start) / iterations)
+    return round(min(spent), 1)
 
 
 def signal(rows_BD: torch.Tensor, along: torch.Tensor, prompts: int) -> float:
@@ -590,6 +762,7 @@ class Finding:
     seeds: int
     settings: tuple[float, int]
     predicted: float
+    promised: float | None
 
 
 def compared(rival: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
@@ -609,6 +782,7 @@ class Map:
         self.results = results
         self._policy = ToyPolicy(network)
         self._signals: dict[tuple[str, str, int], float] = {}
+        self._noise: dict[str, Any] = json.loads(ENGINE.read_text())["member noise"]["results"]
 
     def signal(self, cell: Cell) -> float:
         """The signal k V of a cell at the untrained model."""
@@ -616,37 +790,41 @@ class Map:
         stochastic = {"grpo": STEPS, "grpo window": 3}.get(cell.objective, 0)
         key = (cell.choice, cell.shape, stochastic)
         if key not in self._signals:
-            kept = kept_variance(self._policy, choice, cell.shape, stochastic)
+            kept = kept_by(self._policy, choice, cell.shape, stochastic).variance
             self._signals[key] = choice.plan.survivors * kept
         return self._signals[key]
 
-    def costs(self, cell: Cell, share: float, ratio: float) -> tuple[list[float], tuple[float, int]] | None:
-        """The costs to a share of the goal under the cell's best settings, a run each, and these settings."""
-        ends = self.results.ends(cell.objective, cell.shape)
-        most = self.results.most_seeds(cell)
-        best = None if ends is None else self.results.best(cell, level_of(ends, share), ratio, most)
-        if ends is None or best is None:
-            return None
-        runs = [r for r in self.results.of(cell) if (r["lr"], r["prompts"]) == best]
-        return [cost_to(r, level_of(ends, share), ratio) for r in runs], best
-
     def rival(self, cell: Cell, share: float, ratio: float) -> list[float]:
         """The costs of the best plain group."""
-        groups = [self.costs(replace(cell, choice=name), share, ratio) for name in PLAIN]
+        groups = [self.results.costs(replace(cell, choice=name), share, ratio) for name in PLAIN]
         return min((group[0] for group in groups if group is not None), key=mean, default=[])
 
     def finding(self, cell: Cell, share: float, ratio: float) -> Finding | None:
         """None where there are no runs, or no plain group reaches it."""
-        own, rival = self.costs(cell, share, ratio), self.rival(cell, share, ratio)
+        own, rival = self.results.costs(cell, share, ratio), self.rival(cell, share, ratio)
         if own is None or not rival or np.isinf(rival).any():
             return None
         whole = whole_cost(cell, own[1][1], ratio)
         reaches = not np.isinf(own[0]).any()
         own = [min(cost, whole) for cost in own[0]], own[1]
         speed, low, high = compared(rival, own[0])
-        plain = max(self.signal(replace(cell, choice=name)) / CHOICES[name].cost(ratio) for name in PLAIN)
-        predicted = self.signal(cell) / CHOICES[cell.choice].cost(ratio) / plain
-        return Finding(speed, low, high, reaches, len(own[0]), own[1], predicted)
+        predicted = self._over_plain(cell, ratio, self.signal)
+        promised = self._over_plain(cell, ratio, self.promise) if self.promise(cell) else None
+        return Finding(speed, low, high, reaches, len(own[0]), own[1], predicted, promised)
+
+    def promise(self, cell: Cell) -> float:
+        """The signal of a prompt that `plan/value` rests on, in the units of k V; 0 where its noise was not measured.
+
+        It knows the noise of prompts' own directions (benchmarks/member_noise.py), as far as the smooth reward has it.
+        """
+        noise = self._noise.get(cell.objective)
+        known = noise is not None and cell.shape == "smooth"
+        return of_prompt(self.signal(cell), noise["share"] / (GROUP - 1)) if noise and known else 0.0
+
+    def _over_plain(self, cell: Cell, ratio: float, signal: Callable[[Cell], float]) -> float:
+        """A signal per cost over the best of plain groups."""
+        plain = max(signal(replace(cell, choice=name)) / CHOICES[name].cost(ratio) for name in PLAIN)
+        return signal(cell) / CHOICES[cell.choice].cost(ratio) / plain
 
 
 def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
@@ -669,10 +847,173 @@ def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
 
 
 def _words(f: Finding) -> str:
+    return f"{_measured(f)} ({f.predicted:.2f})"
+
+
+def _measured(f: Finding | None) -> str:
+    if f is None:
+        return "-"
     if not f.reaches:
-        return f"< {f.speed:.2f} ({f.predicted:.2f})"
+        return f"< {f.speed:.2f}"
     speed = f"**{f.speed:.2f}**" if f.low > 1 else f"{f.speed:.2f}"
-    return f"{speed} ± {(f.high - f.low) / 2:.2f} ({f.predicted:.2f})"
+    return f"{speed} ± {(f.high - f.low) / 2:.2f}"
+
+
+def groups_table(survey: Map) -> list[str]:
+    """A row per choice whose survivors are allotted over groups, or whose groups stop: beside the same without it."""
+    heads = [
+        "objective, reward",
+        "choice",
+        *(f"R = {ratio:g}" for ratio in RATIOS),
+        "over the row above: to 50 %",
+        "to 90 %",
+        "seeds",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for cell in more_cells():
+        rivals = [name for name, other in (*OVER_GROUPS.items(), *HALVED.items()) if other == cell.choice]
+        for each in (replace(cell, choice=name) for name in rivals if survey.results.of(cell)):
+            for one in (each, cell):
+                speeds = [_measured(survey.finding(one, 0.9, ratio)) for ratio in RATIOS]
+                over = [_over(survey.results, cell, each, share)[0] if one is cell else "" for share in (0.5, 0.9)]
+                title, seeds = f"{one.objective.upper()}, {one.shape}", survey.results.most_seeds(one)
+                lines.append(f"| {title} | {one.choice} | {' | '.join((*speeds, *over))} | {seeds} |")
+    return lines
+
+
+def norms_table(survey: Map) -> list[str]:
+    """A row per choice: the norm of its updates over that of plain groups of 12 at the same rate and prompts.
+
+    Speeds under GRPO are at these settings and at the same norm, which plain groups of 12 have at another rate.
+    """
+    heads = ["choice", *OBJECTIVES, "GRPO to 90 %: R = 1", "R = 4", "at equal norm: R = 1", "R = 4"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name in (
+        "plain 6",
+        "plain 12",
+        "plain 24",
+        "posthoc 12",
+        "12 after 8",
+        "posthoc 6",
+        "6 after 8",
+        "6 of 12 after 8",
+    ):
+        cells = [Cell(objective, name, "smooth") for objective in OBJECTIVES]
+        norms = [f"{_norm(survey.results, cell) / _norm(survey.results, _plain_12(cell)):.2f}" for cell in cells]
+        speeds = [_at_equal_settings(survey.results, cells[0], ratio) for ratio in RATIOS[1:]]
+        equal_rate, equal_norm = zip(*speeds, strict=True)
+        lines.append(f"| {name} | {' | '.join((*norms, *equal_rate, *equal_norm))} |")
+    return lines
+
+
+def _plain_12(cell: Cell) -> Cell:
+    return replace(cell, choice="plain 12")
+
+
+def _norm(results: Results, cell: Cell, lr: float = AT[0]) -> float:
+    """The mean norm of the updates of seed 0 at `AT`, or at another rate with as many prompts."""
+    (entry,) = (r for r in results.of(cell) if (r["lr"], r["prompts"], r["seed"]) == (lr, AT[1], 0))
+    return entry["norm"]
+
+
+def _at_equal_settings(results: Results, cell: Cell, ratio: float) -> tuple[str, str]:
+    """The speed over plain groups of 12 at `AT`, with its 90 % interval, and that at equal norm of the updates.
+
+    What another norm is worth to plain groups is interpolated between their own rates, by seed 0.
+    """
+    ends = results.ends(cell.objective, cell.shape)
+    assert ends is not None
+    level = level_of(ends, 0.9)
+
+    def costs(one: Cell, lr: float) -> list[float]:
+        runs = [r for r in results.of(one) if (r["lr"], r["prompts"]) == (lr, AT[1])]
+        return [cost_to(r, level, ratio) for r in sorted(runs, key=lambda r: r["seed"])]
+
+    own, rival = costs(cell, AT[0]), costs(_plain_12(cell), AT[0])
+    if len(own) < SEEDS:
+        return "", ""
+    speed, low, high = compared(rival, own)
+    rates = OBJECTIVES[cell.objective]
+    norms = [np.log(_norm(results, _plain_12(cell), lr)) for lr in rates]
+    by_norm = [np.log(costs(_plain_12(cell), lr)[0]) for lr in rates]
+    moved = np.interp(np.log(_norm(results, cell)), norms, by_norm) - by_norm[rates.index(AT[0])]
+    return f"{speed:.2f} ± {(high - low) / 2:.2f}", f"{speed * np.exp(moved):.2f}"
+
+
+def gradients_table(rows: Sequence[Gradient]) -> list[str]:
+    """A row per choice: its gradient before and after some training."""
+    heads = ["choice", "bearing", "signal", "k V", "bearing after 40", "signal after 40", "k V after 40"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    by_place = {(row["choice"], row["after"]): row for row in rows}
+    for name in FIXED:
+        parts = [by_place[name, after] for after in (0, 40)]
+        figures = [f"{row[key]:.2f}" for row in parts for key in ("bearing", "signal", "predicted")]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return lines
+
+
+def promise_table(survey: Map, gradients: Sequence[Gradient], previews: Previews) -> list[str]:
+    """A row per choice under GRPO: agreement of previews and V, and both promises beside the speed."""
+    heads = ["choice", "agreement", "after 40", "V", "after 40"]
+    heads += [f"R = {ratio:g}: {what}" for ratio in RATIOS[1:] for what in ("k V", "promise", "measured")]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    agreement = {(r["choice"], r["after"]): r["agreement"] for r in previews["previews"] if r["ode_steps"] == 1}
+    kept = {(row["choice"], row["after"]): row["kept_variance"] for row in gradients}
+    for name in ("plain 6", "plain 12", "posthoc 12", "posthoc 6", *AGREEING):
+        facts = [f"{agreement[name, after]:.2f}" if name in AGREEING else "" for after in (0, 40)]
+        facts += [f"{kept[name, after]:.2f}" for after in (0, 40)]
+        for ratio in RATIOS[1:]:
+            finding = survey.finding(Cell("grpo", name, "smooth"), 0.9, ratio)
+            assert finding is not None
+            facts += [f"{finding.predicted:.2f}", f"{finding.promised:.2f}", _measured(finding)]
+        lines.append(f"| {name} | {' | '.join(facts)} |")
+    return lines
+
+
+def promises_table(survey: Map) -> list[str]:
+    """A row per objective: the promises of choices for R = 4 beside their speed to 90 %."""
+    names = ("6 of 12 after 8", "6 after 8", "12 after 8")
+    heads = ["objective", *(f"{name}: {what}" for name in names for what in ("k V", "promise", "measured"))]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for objective in OBJECTIVES:
+        findings = [survey.finding(Cell(objective, name, "smooth"), 0.9, RATIOS[-1]) for name in names]
+        facts = []
+        for one in findings:
+            assert one is not None
+            facts += [f"{one.predicted:.2f}", "-" if one.promised is None else f"{one.promised:.2f}", _measured(one)]
+        lines.append(f"| {objective} | {' | '.join(facts)} |")
+    return lines
+
+
+def previews_table(survey: Map, previews: Previews) -> list[str]:
+    """A row per choice and number of ODE steps of its previews: agreement, V, and speed to 90 % under GRPO."""
+    heads = ["choice", "ODE steps", "agreement", "after 40", "V", "after 40", *(f"R = {ratio:g}" for ratio in RATIOS)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    known = {(r["choice"], r["ode_steps"], r["after"]): r for r in previews["previews"]}
+    for name in AGREEING:
+        for count in ODE_STEPS:
+            rows = [known[name, count, after] for after in (0, 40)]
+            facts = [f"{row['agreement']:.2f}" for row in rows] + [f"{row['kept_variance']:.2f}" for row in rows]
+            cell = Cell("grpo", name if count == 1 else f"{name}, {count} ODE steps", "smooth")
+            ran = cell.choice in CHOICES and survey.results.of(cell)
+            facts += [_measured(survey.finding(cell, 0.9, ratio)) if ran else "" for ratio in RATIOS]
+            lines.append(f"| {name} | {count} | {' | '.join(facts)} |")
+    return lines
+
+
+def preview_costs_table(survey: Map) -> list[str]:
+    """A row per choice by previews: its speed to 90 % under GRPO where a preview costs more or less."""
+    heads = ["choice", *(f"R = {ratio:g}: {cost:g}" for ratio in RATIOS[1:] for cost in PREVIEW_COSTS)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name in ("6 of 12 after 8", "6 after 8", "12 after 8", "12 after 6", "standard", "flash"):
+        facts = []
+        for ratio, cost in itertools.product(RATIOS[1:], PREVIEW_COSTS):
+            finding = survey.finding(Cell("grpo", name, "smooth"), 0.9, ratio)
+            assert finding is not None
+            choice = CHOICES[name]
+            facts.append(f"{finding.speed * choice.cost(ratio) / choice.cost(ratio, cost):.2f}")
+        lines.append(f"| {name} | {' | '.join(facts)} |")
+    return lines
 
 
 def negatives_table(results: Results) -> list[str]:
@@ -683,29 +1024,26 @@ def negatives_table(results: Results) -> list[str]:
     lines = ["| objective | choice | weight | to 50 % | to 90 % | seeds |", "|---|---|---|---|---|---|"]
     for objective in OBJECTIVES:
         for name in ("plain 12", "posthoc 6"):
-            for weight in WEIGHTS:
-                cell = Cell(objective, f"{name}, negatives {weight:g}", "smooth")
-                speeds, seeds = zip(*(_over_weight_1(results, cell, name, share) for share in (0.5, 0.9)), strict=True)
+            for weights in WEIGHTS:
+                cell = Cell(objective, f"{name}, negatives {weights}", "smooth")
+                rival = replace(cell, choice=f"{name}, negatives 1")
+                speeds, seeds = zip(*(_over(results, cell, rival, share) for share in (0.5, 0.9)), strict=True)
                 if any(seeds):
-                    lines.append(f"| {objective} | {name} | {weight:g} | {' | '.join(speeds)} | {min(seeds)} |")
+                    lines.append(f"| {objective} | {name} | {weights} | {' | '.join(speeds)} | {min(seeds)} |")
     return lines
 
 
-def _over_weight_1(results: Results, cell: Cell, name: str, share: float) -> tuple[str, int]:
-    """The speed to a share of the goal over that of weight 1, with its 90 % interval, and the number of seeds."""
-    ends = results.ends(cell.objective, cell.shape)
-    costs = []
-    for choice in (f"{name}, negatives 1", cell.choice):
-        own = replace(cell, choice=choice)
-        best = None if ends is None else results.best(own, level_of(ends, share), 1.0, results.most_seeds(own))
-        if ends is None or best is None:
-            return "-", 0
-        runs = [r for r in results.of(own) if (r["lr"], r["prompts"]) == best]
-        costs.append([cost_to(r, level_of(ends, share), 1.0) for r in runs])
-    if np.isinf(costs[1]).any():
-        return "not reached", len(costs[1])
-    speed, low, high = compared(*costs)
-    return f"{speed:.2f} ± {(high - low) / 2:.2f}", len(costs[1])
+def _over(results: Results, cell: Cell, rival: Cell, share: float) -> tuple[str, int]:
+    """The speed to a share of the goal over that of a rival, with its 90 % interval, and the number of seeds."""
+    own, other = (results.costs(one, share, 1.0) for one in (cell, rival))
+    if own is None or other is None:
+        return "-", 0
+    if np.isinf(own[0]).any():
+        return "not reached", len(own[0])
+    if np.isinf(other[0]).any():
+        return "reached so alone", len(own[0])
+    speed, low, high = compared(other[0], own[0])
+    return f"{speed:.2f} ± {(high - low) / 2:.2f}", len(own[0])
 
 
 def prompts_table(results: Results) -> list[str]:
@@ -761,8 +1099,21 @@ def write_page(survey: Map) -> None:
                 title = f"### {objective}, {shape} reward: to {share:.0%} of the gain"
                 parts += [title, "", *table(survey, objective, shape, share), ""]
     page = _between(PAGE.read_text(encoding="utf-8"), "map", parts)
-    page = _between(page, "prompts", prompts_table(survey.results))
-    write_text(PAGE, _between(page, "negatives", negatives_table(Results(NEGATIVES))))
+    rows, previews = json.loads(GRADIENTS.read_text()), json.loads(PREVIEWS.read_text())
+    by_mark = {
+        "prompts": prompts_table(survey.results),
+        "norms": norms_table(survey),
+        "groups": groups_table(survey),
+        "promise": promise_table(survey, rows, previews),
+        "promises": promises_table(survey),
+        "gradients": gradients_table(rows),
+        "previews": previews_table(survey, previews),
+        "preview costs": preview_costs_table(survey),
+        "negatives": negatives_table(Results(NEGATIVES)),
+    }
+    for mark, lines in by_mark.items():
+        page = _between(page, mark, lines)
+    write_text(PAGE, page)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     picture(survey).save(PICTURE)
 
@@ -816,25 +1167,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/when_pruning_pays.json"))
     parser.add_argument("--choice", default="", help="the beginning of the choices to run")
     parser.add_argument("--negatives", action="store_true", help="compare weights of negative advantages")
-    parser.add_argument(
-        "--gradients", type=Path, nargs="?", const=Path("docs/results/when_pruning_pays_gradients.json")
-    )
+    parser.add_argument("--gradients", action="store_true", help="take the gradients that are left to take")
+    parser.add_argument("--previews", action="store_true", help="measure previews, and how long an iteration takes")
     parser.add_argument("--page", action="store_true", help="write the page and its picture, and run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(NEGATIVES if arguments.negatives else arguments.out)
     network = pretrained(0)
     if arguments.gradients:
-        write_text(arguments.gradients, json.dumps(gradients(network), indent=1) + "\n")
+        rows = gradients(network, json.loads(GRADIENTS.read_text()) if GRADIENTS.exists() else [])
+        write_text(GRADIENTS, json.dumps(rows, indent=1) + "\n")
+        return
+    if arguments.previews:
+        write_text(PREVIEWS, json.dumps(previewed(network), indent=1) + "\n")
         return
     if arguments.page:
         write_page(Map(results, network))
         return
-    every = negative_cells() if arguments.negatives else cells()
+    every = negative_cells() if arguments.negatives else (*cells(), *more_cells())
     order = [cell for cell in every if cell.choice.startswith(arguments.choice)]
     until = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < until:
-        item = next_work(results, order)
+        item = next_work(results, order, 3 if arguments.negatives else SEEDS)
         if item is None:
             break
         cell, lr, prompts, seed = item

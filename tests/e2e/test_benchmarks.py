@@ -79,13 +79,45 @@ def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
 def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     survey = importlib.import_module("when_pruning_pays")
-    for cell in survey.cells():
+    for cell in (*survey.cells(), *survey.more_cells(), *survey.negative_cells()):
         survey.config_of(cell, 1e-3, 2, seed=0)
     cell = survey.Cell("grpo", survey.AUTO[4.0], "smooth")
     entry = survey.run(survey.pretrained(0), cell, 4e-3, 8, 0, goal=None)
     assert entry["spent"][-1] > entry["curve"][-1][0] * 8 and len(entry["plans"]) == len(entry["curve"])
     line = [(10 * i, float(i)) for i in range(6)]
     assert survey.reached_at(line, 2.5) == pytest.approx(25) and survey.reached_at(line, 9.0) is None
+
+
+def test_a_level_is_not_reached_before_training(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    reached_at = importlib.import_module("when_pruning_pays").reached_at
+    # the first point stays 0; the second is the mean of three
+    assert reached_at([(0, 0.0), (10, 8.0), (20, 8.0), (30, 8.0)], 2.0) == pytest.approx(10 * 2 / (16 / 3))
+
+
+def test_survivors_are_allotted_over_groups_as_brute_force_does(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    by_variance = importlib.import_module("allotment").by_variance
+    generator = torch.Generator().manual_seed(0)
+    graded, verdicts = torch.randn(3, 2, 5, generator=generator), torch.rand(3, 2, 5, generator=generator) < 0.4
+    subsets = torch.cartesian_prod(*[torch.tensor([False, True])] * 10).reshape(-1, 2, 5)
+    counts = subsets.sum(2)
+    legal = subsets[(counts.sum(1) == 4) & (counts != 1).all(1)]
+
+    def signal(scores_PG, chosen_PG):
+        """The sum of k V over groups."""
+        groups = zip(scores_PG.double(), chosen_PG, strict=True)
+        kept = [(scores_G, scores_G[rows_G]) for scores_G, rows_G in groups if rows_G.any() and scores_G.std() > 0]
+        return sum(len(own) * own.var(correction=0) / all_.var(correction=0) for all_, own in kept)
+
+    for scores_PG in (*graded, *verdicts.float()):
+        selection = by_variance(scores_PG, 2, torch.ones(2, 5, dtype=torch.bool), torch.zeros(2))
+        chosen_PG = torch.zeros(2, 5, dtype=torch.bool)
+        for row, (indices, valid) in enumerate(zip(selection.indices_PK, selection.valid_PK, strict=True)):
+            chosen_PG[row, indices[valid]] = True
+        assert chosen_PG.sum() == 4
+        best = max(float(signal(scores_PG, subset)) for subset in legal)
+        assert float(signal(scores_PG, chosen_PG)) == pytest.approx(best)
 
 
 def test_every_arm_of_the_road_has_a_length_of_equal_work(monkeypatch):

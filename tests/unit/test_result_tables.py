@@ -45,6 +45,25 @@ def test_the_tables_of_the_road_are_what_its_json_gives(
     assert road.table(road.STUDIES[study], of_task) in results.with_suffix(".md").read_text()
 
 
+def test_the_tables_beside_the_map_are_what_their_json_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.chdir(ROOT)
+    study = importlib.import_module("when_pruning_pays")
+    monkeypatch.setattr(study.Map, "signal", lambda survey, cell: 1.0)  # predictions take a pretrained network
+    survey = study.Map(study.Results(ROOT / "docs/results/when_pruning_pays.json"), study.ToyNetwork())
+    page = (ROOT / "docs/results/when_pruning_pays.md").read_text()
+    assert f"{len(survey.results.runs):,} short runs" in page
+    tables = {
+        "norms": study.norms_table(survey),
+        "groups": study.groups_table(survey),
+        "gradients": study.gradients_table(json.loads(study.GRADIENTS.read_text())),
+        "negatives": study.negatives_table(study.Results(study.NEGATIVES)),
+    }
+    for mark, lines in tables.items():
+        table = "\n".join(lines)
+        assert f"<!-- {mark}:begin -->\n\n{table}\n\n<!-- {mark}:end -->" in page, mark
+
+
 def test_the_trials_have_the_settings_that_they_were_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     search = importlib.import_module("search")
