@@ -233,6 +233,11 @@ def path(plan: Plan) -> list[int]:
     return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
 
 
+def point_steps(plan: Plan) -> list[int]:
+    """The steps after which choices by previews come."""
+    return [point.step for point in plan.active_points()]
+
+
 def plans(group_size: int, survivors: int, num_inference_steps: int, most_points: int = 2) -> Iterator[Plan]:
     """The plans from a group to at least so many survivors.
 
@@ -290,7 +295,7 @@ def summary(
         "survivors": plan.survivors,
         "path": path(plan),
         "groups": [prompts, *go_on],
-        "prune_steps": [point.step for point in plan.active_points()],
+        "prune_steps": point_steps(plan),
         "num_inference_steps": num_inference_steps,
         "nfe_per_prompt": of_one.nfe,
         "decodes_per_prompt": of_one.decodes,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict, cast
 
 MetricValue = float | list[int] | None
-"""A number, or None where there is none. Only `plan/path` is a list."""
+"""A number, or None where there is none. Only a plan's path and steps are lists."""
 
 Metrics = dict[str, MetricValue]
 """One iteration's record in metrics.jsonl, flat `stage/name` keys (docs/metrics.md)."""

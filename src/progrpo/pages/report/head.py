@@ -19,6 +19,7 @@ _LINKS = {
     "audits": "Inside a group",
     "agreement": "Preview agreement",
     "kept": "What is kept",
+    "plan": "Does the plan pay?",
     "cost": "Cost",
     "settings": "Settings",
 }
@@ -27,7 +28,9 @@ _LINKS = {
 def write(data: RunData) -> str:
     status = escape(data.status.split(":")[0])
     device = f"<span>{escape(data.summary['device'])}</span>" if data.summary.get("device") else ""
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items())
+    links = "".join(
+        f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items() if anchor != "plan" or data.is_judged
+    )
     return (
         f'<header><div class="eyebrow"><span>progrpo run report</span><span class="status {status}">{status}</span>'
         f"{device}</div><h1>{escape(data.recipe)}</h1>"
