@@ -120,6 +120,7 @@ GRPO_ARMS: dict[str, Changes] = {
     "standard, 48 -> 24 -> 12": changed(SHORT, {"plan": {"preset": "standard"}}),
     "first 3, plain 24": FIRST_3,
     "first 3, 12 of 24 after 2": FIRST_3_PRUNED,
+    "first 3, plain 12": changed(FIRST_3, {"plan": {"group_size": 12}}),
     "first 3, plain 6": changed(FIRST_3, SIX),
     "first 3, 6 of 12 after 4": changed(FIRST_3, LATE),
     "first 3, KL 0.04, plain 24": FIRST_3_HELD,
