@@ -180,11 +180,64 @@ def test_v_is_drawn_by_step_over_the_last_audits_and_over_the_run(run):
     assert traces["by final rewards"]["y"] == pytest.approx([1.5, 1.55, 1.5])
     traces = drawn(page, "variance-over-run")
     assert {name: trace["y"] for name, trace in traces.items()} == {
-        "V at step 1": [1.2] * 5,
-        "V at most at step 1": [1.6] * 5,
+        "V at step 1": [1.0, 1.2] * 5,  # of the audit where the plan had no point
+        "V at most at step 1": pytest.approx([1.0, 1.6, 1.2, 1.6, 1.4, 1.6, 1.6, 1.6, 1.8, 1.6]),
         "agreement at step 1": [0.5] * 5,
     }
-    assert all(trace["x"] == [1, 3, 5, 7, 9] for trace in traces.values())
+    assert traces["agreement at step 1"]["x"] == [1, 3, 5, 7, 9]
+
+
+def audit_of_v(i, variance, most=1.8, keep=2):
+    v = {"keep": [keep] * STEPS, "variance": [variance] * STEPS, "variance_final": [most] * STEPS}
+    return {**audit(i), **v, "stopped_at": [None] * GROUP}
+
+
+def test_v_is_drawn_over_the_run_of_a_plan_that_keeps_all(run):
+    for i in range(4):
+        run.log({"iteration": i, "seconds": 2.0}, i)
+        if i % 2:
+            run.write_audit(audit_of_v(i, 1.0 + i / 10), pictures(GROUP, STEPS + 1))
+    run.summary.write({"plan": {"path": [4], "prune_steps": [], "selector": "ovf", "num_inference_steps": STEPS}})
+    page = text(run)
+    traces = drawn(page, "variance-over-run")
+    assert {name: (trace["x"], trace["y"]) for name, trace in traces.items()} == {
+        "V at step 0": ([1, 3], [1.1, 1.3]),
+        "V at step 1": ([1, 3], [1.1, 1.3]),
+        "V at most": ([1, 3], [1.8, 1.8]),
+    }
+    assert "of half of a group, which the plan keeps whole, and the best by final rewards" in page
+    value = "<strong>1.20 <em>of</em> 1.80</strong>"
+    words = "the rewards’ variance that 2 of 4 by previews of step 1 would keep; 1 is a random choice"
+    assert f"<span>Variance of the choice, V</span>{value}<span>{words}</span>" in page
+
+
+@pytest.mark.parametrize(
+    ("path", "prune_steps", "value", "words"),
+    [
+        ([4, 2], [1], "1.20 <em>of</em> 1.80", "2 of 4 by previews of step 1 keep"),
+        ([4, 3, 2], [0, 1], "1.20 <em>of</em> 1.80 <em>·</em> 1.20 <em>of</em> 1.80", "by previews of step 0 and 1"),
+        ([4, 2], [], "1.80", "2 of 4 by final rewards keep"),
+    ],
+)
+def test_the_head_has_v_of_the_plans_choice(run, path, prune_steps, value, words):
+    run.write_audit(audit_of_v(0, 1.5, keep=3), pictures(GROUP, STEPS + 1))  # under another plan
+    run.write_audit(audit_of_v(1, 1.2), pictures(GROUP, STEPS + 1))
+    run.summary.write({"plan": {"path": path, "prune_steps": prune_steps, "selector": "ovf", "num_inference_steps": 3}})
+    page = text(run)
+    assert f"<strong>{value}</strong>" in page and words in page
+    assert "V of a choice of 2 of 4 over the last audit group" in page
+
+
+def test_the_head_says_why_it_has_no_v(run):
+    assert "</strong><span>not measured yet</span>" in text(run)
+    run.write_audit(audit(0), pictures(GROUP, STEPS + 1))
+    assert "</strong><span>no audit has measured it</span>" in text(run)
+    for changes, words in (
+        ({"audit": {"every": 0}}, "audits are off"),
+        ({"prompts": {"pairs": "p"}}, "recorded pairs"),
+    ):
+        run.log_config({"recipe": "r", "iterations": 2, **changes})
+        assert f"</strong><span>{words}" in text(run)
 
 
 def test_audits_that_did_not_measure_v_have_a_report_without_it(run):

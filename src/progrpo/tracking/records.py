@@ -136,6 +136,9 @@ class Summary(MeasuredSummary, total=False):
     nfe_ratio_to_none: float | None
     preview_rank_correlation: dict[str, float | None]
     preview_rank_correlation_by_step: dict[str, float | None]
+    preview_variance: dict[str, float]
+    preview_variance_by_step: dict[str, float]
+    preview_variance_final_by_step: dict[str, float]
     cost: CostSummary
     plan: PlanSummary
     rewards: RewardSummary
