@@ -30,7 +30,7 @@ def measures_variance(audit: AuditRecord) -> bool:
 
 
 def alike(audits: Sequence[AuditRecord]) -> list[AuditRecord]:
-    """Those of the last audits with V that keep as many of as large a group as the last one, at each step."""
+    """The last audits with V, without those that keep another number at a step or of another group than the last."""
     measured = [audit for audit in audits if measures_variance(audit)][-LAST:]
     sizes = [(len(audit["final"]), audit["steps"], audit["keep"]) for audit in measured]
     return [audit for audit, size in zip(measured, sizes, strict=True) if size == sizes[-1]]
