@@ -370,6 +370,8 @@ def test_a_verdict_says_how_the_signal_of_a_prompt_changes():
     simulation = Simulation.of([0.3] * STEPS, [STANDARD] * 3, 24)
     ratio = simulation.signal(judgement.plan, OVF) / simulation.signal(Plan(24), OVF)
     assert judgement.signal_ratio == pytest.approx(ratio, rel=1e-12) and 0.5 < ratio < 1
+    known = judge.verdict(Plan(24), OVF, NOWHERE, 8.0, 0.5)  # own directions have no part in it
+    assert known is not None and known.plan == judgement.plan and known.signal_ratio == judgement.signal_ratio
     assert verdict(judge, judgement.plan).signal_ratio == 1
 
 

@@ -36,6 +36,7 @@ from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.audit import GroupWatch
 from progrpo.training.distributed import Ranks
 from progrpo.training.errors import SelfCheckError
+from progrpo.training.noise_scale import NoiseScale
 from progrpo.training.plan_judge import Verdict
 from progrpo.training.plan_monitor import PlanMonitor
 from progrpo.training.summary import Progress, summarize
@@ -245,9 +246,12 @@ def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_co
     assert said.startswith("plan: groups of 24 -> 6 (6 by final rewards) from here on: ")
     assert "(1.00 x until here), since training a member takes" in said
     judgement = trainer.plan_monitor.judge.verdict(Plan(24), trainer.plan_monitor.selector, frozenset())
-    before, after = (t.learner.updater.noise_scale.state_dict()["noise"] for t in (resumed, trainer))
-    mean = 0.95 * before + 0.05 * done[2].record["update/gradient_noise"]
-    assert after == pytest.approx(mean / judgement.signal_ratio) and judgement.signal_ratio < 0.9  # of the new plan
+    before, after = (t.learner.updater.noise_scale.state_dict() for t in (resumed, trainer))
+    mean = 0.95 * before["noise"] + 0.05 * done[2].record["update/gradient_noise"]
+    expected = NoiseScale()
+    expected.load_state_dict({**after, "noise": mean, "members": before["members"]})
+    expected.change_signal(judgement.signal_ratio)
+    assert after == pytest.approx(expected.state_dict()) and judgement.signal_ratio < 0.9  # of the new plan
     decision = {name: value for name, value in done[2].record.items() if name.startswith("plan/")}
     assert decision == judgement.decision.metrics()
     assert (decision["plan/value"], decision["plan/path"], decision["plan/next_path"]) == (1.0, [24], [24, 6])

@@ -65,7 +65,7 @@ def plan_from(state: PlanState) -> Plan:
 class Verdict:
     """The `plan` to go on with, the decision as a run records it, and what becomes of the gradient noise scale.
 
-    `signal_ratio` is the signal of a prompt under the next plan over that under the judged one.
+    `signal_ratio` is the signal k V of a prompt's members under the next plan over that under the judged one.
     """
 
     plan: Plan
@@ -156,7 +156,7 @@ class PlanJudge:
             noise_scale=noise_scale,
             own_direction=own_direction,
         )
-        return Verdict(best, decision, signal(best) / signal(plan) if members else 1.0)
+        return Verdict(best, decision, simulation.signal(best, selector) / members if members else 1.0)
 
     def _candidates(self, plan: Plan) -> Iterator[Plan]:
         """The plans that may take the place of `plan`, none of which compares equal members."""
