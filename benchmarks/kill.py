@@ -327,7 +327,7 @@ def checkpoint_of(run: Path) -> dict[str, Any]:
 
 
 def untimed(record: dict[str, Any]) -> dict[str, Any]:
-    timed = ("seconds", "plan/value")
+    timed = ("seconds", "plan/value", "plan/next_value", "plan/training_ratio")
     return {name: value for name, value in record.items() if name not in timed and not name.startswith("time/")}
 
 

@@ -12,7 +12,8 @@ five are trained. Each arm runs for the work of a fixed number of iterations of 
 network calls and trained steps by the unit costs that the machine has for them (`TRAINED`), so that its length is fixed
 before it begins. Learning rates fall to zero over that length. Runs in `--out` are kept, seed by seed, so that the same
 command goes on; runs at another `--lr` are kept beside them. The table has a row for each rate. The reference, the
-picture and `--compare` have the rate with the most seeds, of equals the one that ends highest.
+picture and `--compare` have the rate with the most seeds, of equals the one that ends highest, and `--compare` with
+`--lr` that rate.
 
 The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
 seconds of one core: the mean over the seeds that gain it. Curves are smoothed over three evaluations.
@@ -84,6 +85,12 @@ DGPO_ARMS: dict[str, Changes] = {
     "dgpo, KL 0.01, 6 of 12 after 4": changed(HELD, LATE),
     "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(HELD, UNIFORM_LATE),
     "dgpo, KL 0.01, plain 6": changed(HELD, SIX),
+    **{
+        f"{name}, KL 0.01, 6 of 12 after 4": changed(
+            changed(HELD, LATE), {"objective": {"name": name, name: {"draws": 2, "kl_beta": 0.01}}}
+        )
+        for name in ("nft", "awm", "elbo")
+    },
     "dgpo, furthest 12 of 24": changed(DGPO, changed(HALF, GROUP_STATISTICS)),
     "dgpo, posthoc 12 of 24": changed(DGPO, HALF),
     "dgpo, plain 24": changed(DGPO, {"plan": {"group_size": GROUP}}),
@@ -100,6 +107,7 @@ LORA: Changes = {"model": {"weights": "lora"}, "optim": {"lr": 3e-4}}
 GRPO_ARMS: dict[str, Changes] = {
     "plain 24": SHORT,
     "plain 12": changed(SHORT, {"plan": {"group_size": 12}}),
+    "plain 16": changed(SHORT, {"plan": {"group_size": 16}}),
     "posthoc 12 of 24": changed(SHORT, HALF),
     "12 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 12]]}}),
     "plain 6": changed(SHORT, SIX),
@@ -109,8 +117,10 @@ GRPO_ARMS: dict[str, Changes] = {
     "plain 24, KL 0.04": changed(SHORT, {"objective": {"name": "grpo", "grpo": {"kl_beta": 0.04}}}),
     "plain 24, CPS": changed(SHORT, {"sampling": {"sampler": "cps"}}),
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
+    "standard, 48 -> 24 -> 12": changed(SHORT, {"plan": {"preset": "standard"}}),
     "first 3, plain 24": FIRST_3,
     "first 3, 12 of 24 after 2": FIRST_3_PRUNED,
+    "first 3, plain 12": changed(FIRST_3, {"plan": {"group_size": 12}}),
     "first 3, plain 6": changed(FIRST_3, SIX),
     "first 3, 6 of 12 after 4": changed(FIRST_3, LATE),
     "first 3, KL 0.04, plain 24": FIRST_3_HELD,
@@ -151,7 +161,8 @@ def work_of(config: Config, decode: float) -> float:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    return [mean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
+    """Means of each value with its neighbours; the first one, before any training, stays as it is."""
+    return [*values[:1], *(mean(values[i - 1 : i + 2]) for i in range(1, len(values)))]
 
 
 def reached_at(curve: Sequence[dict[str, Any]], level: float, unit: str) -> float | None:
@@ -164,9 +175,14 @@ def reached_at(curve: Sequence[dict[str, Any]], level: float, unit: str) -> floa
     return None
 
 
-def of_task(results: Sequence[dict[str, Any]], model: str, reward: str) -> list[dict[str, Any]]:
-    """The results of a model and a reward. What measures it is `reward` in each point of their curves."""
-    measure = MEASURES.get(reward, "graded")
+def of_task(
+    results: Sequence[dict[str, Any]], model: str, reward: str, measure: str | None = None
+) -> list[dict[str, Any]]:
+    """The results of a model and a reward. What measures it is `reward` in each point of their curves.
+
+    A `measure` is another field of these points, in place of the reward.
+    """
+    measure = measure or MEASURES.get(reward, "graded")
     return [
         {**entry, "curve": [{**point, "reward": point[measure]} for point in entry["curve"]]}
         for entry in results
@@ -192,10 +208,9 @@ def curves_of(results: Sequence[dict[str, Any]], arm: str) -> dict[int, list[dic
     return max(curves_by_rate(results, arm).values(), key=standing, default={})
 
 
-def mean_curve(curves: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, float]]:
-    """The mean over curves of the reward and of the core seconds, point by point."""
-    names = ("cpu_seconds", "reward")
-    return [{name: mean(p[name] for p in points) for name in names} for points in zip(*curves, strict=False)]
+def mean_curve(curves: Sequence[Sequence[dict[str, Any]]], unit: str = "cpu_seconds") -> list[dict[str, float]]:
+    """The mean over curves of the reward and of a unit of work, point by point."""
+    return [{name: mean(p[name] for p in points) for name in ("reward", unit)} for points in zip(*curves, strict=False)]
 
 
 def speed(ours: Sequence[Any], theirs: Sequence[Any], share: float) -> float | None:
@@ -235,15 +250,13 @@ def comparison(results: Sequence[dict[str, Any]], arm: str, other: str) -> str:
 def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     """A row for each learning rate of each arm."""
     reference = list(curves_of(results, study.reference).values())
-    base = mean(curve[0]["reward"] for curve in reference)
-    final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in reference)
+    base, *levels = _levels(reference, (0.0, 0.5, 0.75, 1.0))
     lines = [
         "| arm | lr, 1e-5 | seeds | updates | reward | strict | judge | diversity | distance | gradient"
         " | s to 50 / 75 / 100 % |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         f"| the base | | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
     ]
-    levels = [base + share * (final - base) for share in (0.5, 0.75, 1.0)]
     for arm in study.arms:
         for lr, by_seed in curves_by_rate(results, arm).items():
             curves = list(by_seed.values())
@@ -256,14 +269,45 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _times(curves: Sequence[Sequence[dict[str, Any]]], levels: Sequence[float]) -> str:
-    """The core seconds to each level: the mean over the curves that reach it, and their number where it is not all."""
+def arrivals(results: Sequence[dict[str, Any]], arms: Iterable[str], reference: str) -> str:
+    """What the mean curve of each arm spends to 25, 50, 75 and 100 % of the final gain of an arm of any study.
+
+    The last column is the work by which the lengths of arms are made equal.
+    """
+    base, *levels = _levels([mean_curve(list(curves_of(results, reference).values()))], (0.0, 0.25, 0.5, 0.75, 1.0))
+    lines = [
+        f"| to 25 / 50 / 75 / 100 % of {levels[-1] - base:+.3f} | core seconds | 1,000 network calls"
+        " | 1,000 trained items | work, 1,000 calls |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        curves = list(curves_of(results, arm).values())
+        study = next(study for study in STUDIES.values() if arm in study.arms)
+        work = work_of(config_of(study.arms[arm], 0), study.decode)
+        units = (("cpu_seconds", 1.0), ("nfe", 1000.0), ("trained_steps", 1000.0), ("iterations", 1000.0 / work))
+        spent = (_times([mean_curve(curves, unit)], levels, unit, of) for unit, of in units)
+        lines.append(f"| {arm} | {' | '.join(spent)} |")
+    return "\n".join(lines)
+
+
+def _levels(curves: Sequence[Sequence[dict[str, Any]]], shares: Iterable[float]) -> list[float]:
+    """The rewards at which curves have gained so much of what they gain in the end, by the means over them."""
+    base = mean(curve[0]["reward"] for curve in curves)
+    final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in curves)
+    return [base + share * (final - base) for share in shares]
+
+
+def _times(
+    curves: Sequence[Sequence[dict[str, Any]]], levels: Sequence[float], unit: str = "cpu_seconds", of: float = 1.0
+) -> str:
+    """The units to each level: the mean over the curves that reach it, and their number where it is not all."""
     times = []
     for level in levels:
-        reached = [reached_at(curve, level, "cpu_seconds") for curve in curves]
-        there = [value for value in reached if value is not None]
+        reached = [reached_at(curve, level, unit) for curve in curves]
+        there = [value / of for value in reached if value is not None]
         of_all = "" if len(there) == len(reached) else f" ({len(there)})"
-        times.append(f"{mean(there):.0f}{of_all}" if there else "-")
+        digits = 1 if there and mean(there) < 10 else 0
+        times.append(f"{mean(there):.{digits}f}{of_all}" if there else "-")
     return " / ".join(times)
 
 
@@ -279,8 +323,11 @@ def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
     return f"{mean(ends):.3f} | {mean(lengths):.3f}" if ends else "- | -"
 
 
-def picture(arms: Iterable[str], results: Sequence[dict[str, Any]]) -> Image.Image:
-    """The reward over seconds of one core: a line per arm for the mean of its seeds, thin ones for each seed."""
+def picture(arms: Mapping[str, str], results: Sequence[dict[str, Any]], measure: str = "reward") -> Image.Image:
+    """A measure over seconds of one core: a line per arm for the mean of its seeds, thin ones for each seed.
+
+    Each arm has a label.
+    """
     left, top, width, height = 56, 16, 560, 300
     image = Image.new("RGB", (left + width + 200, top + height + 48), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
@@ -302,10 +349,10 @@ def picture(arms: Iterable[str], results: Sequence[dict[str, Any]]) -> Image.Ima
         for curve in runs:
             draw.line([at(point) for point in curve], fill=colour, width=1)
         draw.line([at(point) for point in mean_curve(runs)], fill=colour, width=3)
-        draw.text((left + width + 14, top + 20 * place), arm, fill=colour, font=font)
+        draw.text((left + width + 14, top + 20 * place), arms[arm], fill=colour, font=font)
     draw.text((left, top + height + 8), "0", fill=QUIET, font=font)
     draw.text((left + width - 20, top + height + 8), f"{last:.0f}", fill=QUIET, font=font)
-    axis = "reward on validation prompts by seconds of one core; thick: mean of seeds"
+    axis = f"{measure} on validation prompts by seconds of one core; thick: mean of seeds"
     draw.text((left + 60, top + height + 24), axis, fill=INK, font=font)
     return image
 
@@ -316,27 +363,43 @@ def main() -> None:
     parser.add_argument("--reward", default="shapes_match")
     parser.add_argument("--model", choices=("shapes-flow", "shapes-diffusion"), default="shapes-flow")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="the study's arms to run; default: all")
-    parser.add_argument("--lr", type=float, help="another learning rate than the study's")
+    parser.add_argument(
+        "--lr", type=float, help="another learning rate than the study's; for --compare: that of both arms"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=60, help="no run begins after so many")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/road_to_reward.json"))
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     parser.add_argument("--compare", nargs=2, metavar="NAME", help="with --table: also two arms, seed by seed")
+    parser.add_argument(
+        "--arrivals", metavar="NAME", help="with --table: also what the --arms spend to this arm's gain"
+    )
+    parser.add_argument("--measure", help="with --table: another field of the curves than the reward")
     parser.add_argument("--picture", type=Path, help="with --table: also draw it, or the --arms alone")
+    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="with --picture: a text for each of the --arms")
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
-    for arm in {*(arguments.arms or ()), *(arguments.compare or ())} - set(study.arms):
-        parser.error(f"{arm!r} is not in the study {arguments.study}, which has {', '.join(study.arms)}")
+    if arguments.labels and len(arguments.labels) != len(arguments.arms or ()):
+        parser.error("--labels takes a text for each of the --arms")
+    known = [arm for one in (STUDIES.values() if arguments.table else [study]) for arm in one.arms]
+    for arm in {*(arguments.arms or ()), *(arguments.compare or ()), arguments.arrivals} - {None, *known}:
+        parser.error(f"{arm!r} is no arm of the study {arguments.study}, which has {', '.join(study.arms)}")
     torch.set_num_threads(arguments.threads)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     if arguments.table:
-        results = of_task(results, arguments.model, arguments.reward)
+        results = of_task(results, arguments.model, arguments.reward, arguments.measure)
         print(table(study, results))
+        if arguments.arrivals:
+            print(f"\n{arrivals(results, arguments.arms or study.arms, arguments.arrivals)}")
         if arguments.compare:
-            print(f"\n{comparison(results, *arguments.compare)}")
+            at_rate = [entry for entry in results if arguments.lr in (None, entry["lr"])]
+            print(f"\n{comparison(at_rate, *arguments.compare)}")
         if arguments.picture:
-            picture(arguments.arms or study.arms, results).save(arguments.picture, optimize=True)
+            arms = arguments.arms or list(study.arms)
+            labels = dict(zip(arms, arguments.labels or arms, strict=True))
+            drawn = picture(labels, results, arguments.measure or "reward")
+            drawn.save(arguments.picture, optimize=True)
         return
     until = time.monotonic() + 60 * arguments.minutes
     task: Changes = {"reward": {"terms": [{"name": arguments.reward}]}, "model": {"path": arguments.model}}

@@ -159,6 +159,38 @@ def test_arms_of_the_road_are_compared_seed_by_seed(monkeypatch):
     assert road.comparison(results[1:], "fast", "slow") == "fast and slow: 1 seeds in common; a comparison takes two"
 
 
+def test_the_road_says_what_an_arm_spends_to_the_gain_of_another(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    road = importlib.import_module("road_to_reward")
+
+    def line(arm, slope, calls):
+        curve = [
+            {"cpu_seconds": 10.0 * i, "nfe": calls * i, "trained_steps": 500 * i, "iterations": i, "reward": slope * i}
+            for i in range(9)
+        ]
+        return {"arm": arm, "lr": 1e-4, "seed": 0, "curve": curve}
+
+    results = [line("first 3, plain 24", 0.01, 2000), line("dgpo, plain 6", 0.02, 1000)]
+    # the slow one ends at 0.075, the mean of its last two; the other one is there after 3.75 of its evaluations
+    header, _, row = road.arrivals(results, ["dgpo, plain 6"], "first 3, plain 24").splitlines()
+    assert header.startswith("| to 25 / 50 / 75 / 100 % of +0.075 |")
+    arm, seconds, calls, items, work = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (arm, seconds, calls) == ("dgpo, plain 6", "9.4 / 19 / 28 / 38", "0.9 / 1.9 / 2.8 / 3.8")
+    assert items == "0.5 / 0.9 / 1.4 / 1.9"
+    # six prompts of six members: six calls, and two draws of a forward and a backward pass with two more
+    assert work == " / ".join(
+        f"{share * 3.75 * 6 * 6 * (6 + 2 * (3 + 2)) / 1000:.1f}" for share in (0.25, 0.5, 0.75, 1)
+    )
+
+
+def test_a_level_is_not_reached_before_training(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    road = importlib.import_module("road_to_reward")
+    curve = [{"cpu_seconds": 30.0 * i, "reward": reward} for i, reward in enumerate((0.5, 0.6, 0.62, 0.63))]
+    assert road.smoothed([point["reward"] for point in curve]) == pytest.approx([0.5, 1.72 / 3, 1.85 / 3, 0.625])
+    assert road.reached_at(curve, 0.51, "cpu_seconds") == pytest.approx(30 * 0.01 / (1.72 / 3 - 0.5))
+
+
 def test_a_noise_scale_is_estimated_where_it_is_known(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     benchmark = importlib.import_module("noise_scale")

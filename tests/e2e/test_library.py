@@ -95,6 +95,9 @@ def test_the_summary_says_what_came_of_it(summary):
     assert 0 < counted["trained_steps"] <= predicted["trained_steps"]  # who is at the mean is not computed
     assert list(summary["preview_rank_correlation"]) == ["1"]
     assert list(summary["preview_rank_correlation_by_step"]) == ["0", "1", "2", "3"]
+    assert list(summary["preview_variance"]) == ["1"]
+    of_each, most = (summary[f"preview_variance{name}_by_step"] for name in ("", "_final"))
+    assert list(of_each) == ["0", "1", "2", "3"] and all(0 <= of_each[step] <= most[step] for step in of_each)
     assert summary["versions"]["progrpo"] == progrpo.__version__ and "torch" in summary["versions"]
     assert summary["device"].startswith(("cpu", "NVIDIA")) and summary["wall_seconds"] > 0
 

@@ -126,7 +126,9 @@ def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
     assert [r["rollout/probed"] > 0 for r in records] == [False] * 4 + [True]  # measured thrice by then
     assert all(r["rollout/previews"] > 0 for r in records[:4])
     assert [r.get("plan/value") is not None for r in records] == [False] * 2 + [True] * 3
-    assert all(r["plan/path"][0] == 6 and r["plan/survivors"] >= 4 for r in records[2:])
+    assert all(r["plan/next_path"][0] == 6 and r["plan/next_path"][-1] >= 4 for r in records[2:])
+    assert [r["plan/path"] for r in records[3:]] == [r["plan/next_path"] for r in records[2:-1]]
+    assert summary["plan"]["value"] == records[-1]["plan/next_value"]
     assert summary["cost"]["predicted"]["nfe"] == summary["cost"]["counted"]["nfe"]
     assert summary["cost"]["predicted"]["probed"] == summary["cost"]["counted"]["probed"]
     assert (adaptive / "report.html").is_file()

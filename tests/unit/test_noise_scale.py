@@ -181,19 +181,32 @@ def test_the_step_is_the_same_with_halves_of_members(linear_policy, drawn, updat
 
 
 def test_under_another_plan_the_noise_of_own_directions_stays():
-    """Members have noise 4 and own directions 2. At half the signal of a prompt the noise is 12, of which 10 theirs."""
+    """Members have noise 4 and own directions 2. At half the signal of members their noise is 8, and all noise 10."""
     noise_scale = NoiseScale()
     noise_scale.load_state_dict({"signal": 1.0, "noise": 6.0, "updates": 25})
     assert noise_scale.own_direction is None
     noise_scale.add_members(4.0)
     assert noise_scale.own_direction == pytest.approx(2 / 4)
     noise_scale.change_signal(0.5)
-    assert noise_scale.own_direction == pytest.approx(2 / 10) and noise_scale.prompts == pytest.approx(12)
+    assert noise_scale.own_direction == pytest.approx(2 / 8) and noise_scale.prompts == pytest.approx(10)
     resumed = NoiseScale()
     resumed.load_state_dict(noise_scale.state_dict())
     for one in (noise_scale, resumed):
         one.add_members(9.0)
     assert resumed.own_direction == noise_scale.own_direction
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 100.0])
+@pytest.mark.parametrize("members", [2.0, 10.0, 20.0])
+def test_under_another_plan_members_have_the_noise_of_their_signal(members, factor):
+    """Also where their noise was measured above all noise (10), and where hardly any of it is left."""
+    noise_scale = NoiseScale()
+    noise_scale.add(GradientMoments(1.0, 10.0))
+    noise_scale.add_members(members)
+    noise_scale.change_signal(factor)
+    assert noise_scale.state_dict()["members"] == pytest.approx(members / factor)
+    own = max(0.0, 10 - members)
+    assert noise_scale.prompts == pytest.approx(own + (10 - own) / factor)
 
 
 @pytest.mark.parametrize(

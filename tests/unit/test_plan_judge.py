@@ -91,8 +91,8 @@ def test_plan_value_is_signal_a_second_over_that_of_plain_grpo():
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
     none = 24 * 10 * CALL + 24 * FINISH + 24 * 9 * TRAIN
     expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
-    assert judgement.plan_value == pytest.approx(expected, rel=1e-12)
-    assert judgement.plan == FLASH and judgement.path == [24, 16, 12]
+    assert judgement.decision.value == pytest.approx(expected, rel=1e-12)
+    assert judgement.plan == FLASH and judgement.decision.next_path == [24, 16, 12]
 
 
 def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
@@ -105,11 +105,11 @@ def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
     flash = calls * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 2 * TRAIN
     none = 2 * 24 * 10 * CALL + 24 * FINISH + 24 * 2 * TRAIN
     expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
-    assert judgement.plan_value == pytest.approx(expected, rel=1e-12)
+    assert judgement.decision.value == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_value_of_plain_grpo_is_one():
-    assert verdict(judged(config(), *[flat(0.5)] * 3), preset("none", STEPS)).plan_value == pytest.approx(1)
+    assert verdict(judged(config(), *[flat(0.5)] * 3), preset("none", STEPS)).decision.value == pytest.approx(1)
 
 
 def test_a_probes_steps_cost_no_preview():
@@ -118,9 +118,9 @@ def test_a_probes_steps_cost_no_preview():
     for _ in range(3):
         probe.watch([0.9 if step == 5 else 0.0 for step in range(STEPS)])
     judge = judged(config(), *[flat(0.7)] * 3)
-    with_probe = verdict(judge, FLASH, probed_steps=trusted_steps(probe, PreviewSettings())).plan_value
+    with_probe = verdict(judge, FLASH, probed_steps=trusted_steps(probe, PreviewSettings())).decision.value
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
-    assert with_probe / verdict(judge, FLASH).plan_value == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
+    assert with_probe / verdict(judge, FLASH).decision.value == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
 
 
 def test_costs_that_were_written_down_are_taken_in_place_of_measured_ones():
@@ -134,10 +134,10 @@ def test_costs_that_were_written_down_are_taken_in_place_of_measured_ones():
 def test_costs_are_those_of_the_first_verdict():
     judge = judged(config(), *[flat(0.7)] * 3)
     assert judge.units == UNITS
-    before = verdict(judge, FLASH).plan_value
+    before = verdict(judge, FLASH).decision.value
     judge.watch(flat(0.7), FINAL, COUNTED * 2, {name: 100 * s for name, s in SECONDS.items()} | {"preview": 0.0})
     assert judge.units == UNITS
-    assert verdict(judge, FLASH).plan_value == before
+    assert verdict(judge, FLASH).decision.value == before
 
 
 def test_costs_are_not_those_of_the_audits_before():
@@ -155,21 +155,21 @@ def test_newer_audits_weigh_more_and_old_ones_are_forgotten():
     mean = [float(weights @ [0.1 * i for i in range(1, 9)] / weights.sum()), *flat(0.2)[1:]]
     at_first = Plan(24, (PrunePoint(0, 12),))
     even = [sum(step) / 8 for step in zip(*later, strict=True)]
-    values = [verdict(judge, at_first).plan_value for judge in (old, judged(config(), *[mean] * 8))]
+    values = [verdict(judge, at_first).decision.value for judge in (old, judged(config(), *[mean] * 8))]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
-    assert values[0] > verdict(judged(config(), *[even] * 8), at_first).plan_value  # here they rise
+    assert values[0] > verdict(judged(config(), *[even] * 8), at_first).decision.value  # here they rise
 
 
 def test_previews_that_are_all_alike_know_nothing():
-    some = verdict(judged(config(), *[flat(0.4)] * 3), FLASH).plan_value
+    some = verdict(judged(config(), *[flat(0.4)] * 3), FLASH).decision.value
     mixed = [flat(None), flat(0.8), flat(None), flat(0.8)]
     weights = [0.5 ** (age / 2) for age in (3, 2, 1, 0)]
     mean = 0.8 * (weights[1] + weights[3]) / sum(weights)
-    assert verdict(judged(config(), *mixed), FLASH).plan_value == pytest.approx(
-        verdict(judged(config(), *[flat(mean)] * 4), FLASH).plan_value
+    assert verdict(judged(config(), *mixed), FLASH).decision.value == pytest.approx(
+        verdict(judged(config(), *[flat(mean)] * 4), FLASH).decision.value
     )
-    nothing = verdict(judged(config(), *[flat(None)] * 3), FLASH).plan_value
-    assert nothing == verdict(judged(config(), *[flat(0.0)] * 3), FLASH).plan_value < some
+    nothing = verdict(judged(config(), *[flat(None)] * 3), FLASH).decision.value
+    assert nothing == verdict(judged(config(), *[flat(0.0)] * 3), FLASH).decision.value < some
 
 
 def test_a_group_whose_rewards_are_equal_is_as_if_it_had_not_been():
@@ -199,14 +199,14 @@ def test_a_verdict_that_half_the_members_pass_promises_nothing_for_a_choice():
         for _ in range(3):
             judge.watch(flat(1.0), final, COUNTED, SECONDS)
         spent, of_none = (UNITS.seconds(prompt_cost(config(), plan)) for plan in (choice, Plan(24)))
-        assert verdict(judge, choice).plan_value == pytest.approx(v / 2 / (spent / of_none), rel=1e-8)
+        assert verdict(judge, choice).decision.value == pytest.approx(v / 2 / (spent / of_none), rel=1e-8)
 
 
 def test_better_previews_pay_more_and_dearer_ones_less():
-    values = [verdict(judged(config(), *[flat(a)] * 3), FLASH).plan_value for a in (0.0, 0.5, 0.9)]
+    values = [verdict(judged(config(), *[flat(a)] * 3), FLASH).decision.value for a in (0.0, 0.5, 0.9)]
     assert values[0] < values[1] < values[2]
     dear = judged(config(), *[flat(0.9)] * 3, seconds=SECONDS | {"preview": 400.0})
-    assert verdict(dear, FLASH).plan_value < values[2]
+    assert verdict(dear, FLASH).decision.value < values[2]
 
 
 # --- the plan that is taken -------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ SAMPLING_IS_ALL = SECONDS | {"preview": 0.001, "reward": 0.001, "update": 0.001}
 def test_where_early_previews_are_good_and_cheap_it_prunes_early():
     chosen = verdict(judged(config(True), *[flat(0.97)] * 3, seconds=SAMPLING_IS_ALL), FLASH)
     assert chosen.plan.prune[0].step == 0 and chosen.plan.finalists == 12
-    assert chosen.path[0] == 24 and chosen.path[-1] == 12
+    assert chosen.decision.next_path[0] == 24 and chosen.decision.next_path[-1] == 12
 
 
 def test_where_previews_become_good_late_it_prunes_no_earlier():
@@ -241,7 +241,7 @@ def test_where_previews_know_nothing_nobody_goes_while_sampling(agreement, dear)
 
 def test_where_training_is_what_costs_it_chooses_by_final_rewards():
     chosen = verdict(judged(config(True), *[flat(None)] * 3, seconds=SECONDS | {"update": 20_000.0}), FLASH)
-    assert chosen.plan == Plan(24, final_keep=12) and chosen.path == [24, 12]
+    assert chosen.plan == Plan(24, final_keep=12) and chosen.decision.next_path == [24, 12]
 
 
 @pytest.mark.parametrize("dear", ["sample", "update"])
@@ -264,10 +264,10 @@ def test_the_plan_that_is_taken_is_worth_at_least_as_much():
         judge = judged(config(True), *[agreement] * 3)
         before = verdict(judge, FLASH)
         after = verdict(judge, before.plan)
-        assert after.plan_value >= before.plan_value
+        assert after.decision.value >= before.decision.value
         assert after.plan == before.plan  # what is best stays
         if before.plan != FLASH:
-            assert after.plan_value > 1.02 * before.plan_value  # else it is no reason to change
+            assert after.decision.value > 1.02 * before.decision.value  # else it is no reason to change
 
 
 def test_a_baseline_of_the_full_group_has_no_verdict():
@@ -337,10 +337,10 @@ def test_progress_follows_the_critical_batch_law():
     expected = prompts * flash / (prompts * flash + noise) / seconds[0]
     plain = prompts * none / (prompts * none + noise) / seconds[1]
     judgement = judge.verdict(FLASH, OVF, NOWHERE, scale)
-    assert judgement is not None and judgement.plan_value == pytest.approx(expected / plain, rel=1e-12)
+    assert judgement is not None and judgement.decision.value == pytest.approx(expected / plain, rel=1e-12)
     unknown, large = judge.verdict(FLASH, OVF, NOWHERE), judge.verdict(FLASH, OVF, NOWHERE, 1e12)
     assert unknown is not None and large is not None
-    assert unknown.plan_value == pytest.approx(large.plan_value, rel=1e-9)
+    assert unknown.decision.value == pytest.approx(large.decision.value, rel=1e-9)
 
 
 def test_where_prompts_ask_for_different_changes_more_members_of_one_tell_less():
@@ -352,8 +352,8 @@ def test_where_prompts_ask_for_different_changes_more_members_of_one_tell_less()
     judgement = judge.verdict(FLASH, OVF, NOWHERE, None, 1.0)
     assert judgement is not None
     expected = (flash / 2 / seconds[0]) / (1 / (1 / none + 1 / flash) / seconds[1])
-    assert judgement.plan_value == pytest.approx(expected, rel=1e-12)
-    assert judgement.plan_value > verdict(judge, FLASH).plan_value
+    assert judgement.decision.value == pytest.approx(expected, rel=1e-12)
+    assert judgement.decision.value > verdict(judge, FLASH).decision.value
 
 
 def test_auto_begins_unpruned_and_takes_the_strongest_choice_where_training_is_dear():
@@ -361,7 +361,7 @@ def test_auto_begins_unpruned_and_takes_the_strongest_choice_where_training_is_d
     judge = judged(config(start=AUTO), *[flat(0.3)] * 3, seconds=SECONDS | {"update": 20_000.0})
     judgement = verdict(judge, Plan(24))
     assert judgement.plan == Plan(24, final_keep=6)
-    assert judgement.next_value > judgement.plan_value == pytest.approx(1)
+    assert judgement.decision.next_value > judgement.decision.value == pytest.approx(1)
 
 
 def test_a_verdict_says_how_the_signal_of_a_prompt_changes():
@@ -370,6 +370,8 @@ def test_a_verdict_says_how_the_signal_of_a_prompt_changes():
     simulation = Simulation.of([0.3] * STEPS, [STANDARD] * 3, 24)
     ratio = simulation.signal(judgement.plan, OVF) / simulation.signal(Plan(24), OVF)
     assert judgement.signal_ratio == pytest.approx(ratio, rel=1e-12) and 0.5 < ratio < 1
+    known = judge.verdict(Plan(24), OVF, NOWHERE, 8.0, 0.5)  # own directions have no part in it
+    assert known is not None and known.plan == judgement.plan and known.signal_ratio == judgement.signal_ratio
     assert verdict(judge, judgement.plan).signal_ratio == 1
 
 
@@ -386,18 +388,17 @@ def test_a_plan_that_teaches_nothing_is_judged_too(noise_scale, own_direction):
     for _ in range(3):
         judge.watch(flat(0.5), np.array([1.0] * 20 + [0.0] * 4), COUNTED, SECONDS)
     judgement = judge.verdict(plan, best, NOWHERE, noise_scale, own_direction)
-    assert judgement is not None and judgement.plan_value == 0 and judgement.signal_ratio == 1
-    assert judgement.next_value > 0 and judgement.plan != plan
+    assert judgement is not None and judgement.decision.value == 0 and judgement.signal_ratio == 1
+    assert judgement.decision.next_value > 0 and judgement.plan != plan
 
 
 def test_a_verdict_says_why():
     judge = judged(config(start=AUTO), *[flat(0.3)] * 3)
     ratio = 9 * TRAIN / (10 * CALL + FINISH)  # nine of ten steps are trained
-    for scale, noise in ((None, "not known yet"), (12.34, "12.3 prompts")):
-        judgement = judge.verdict(Plan(24), OVF, NOWHERE, scale)
-        assert judgement is not None and judgement.reasons == (
-            f"training a member takes {ratio:.2g} x its sampling, and the gradient noise scale is {noise}"
-        )
+    for scale, own in ((None, None), (12.34, 0.5)):
+        judgement = judge.verdict(Plan(24), OVF, NOWHERE, scale, own)
+        assert judgement is not None and judgement.decision.training_ratio == pytest.approx(ratio, rel=1e-12)
+        assert (judgement.decision.noise_scale, judgement.decision.own_direction) == (scale, own)
 
 
 @pytest.mark.parametrize("start", [PlanSettings("custom", prune=((8, 12),)), AUTO])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.stats import rankdata
 
 from progrpo.rollout.plan import Plan, PrunePoint, plans
 from progrpo.rollout.plan_value import Simulation, of_prompt
+from progrpo.rollout.settings import PlanSettings
 from progrpo.tracking.statistics import standardised
 from tests.support.grids import SELECTORS
 
@@ -299,3 +301,22 @@ def test_a_group_that_must_stay_whole_has_one_plan():
 def test_so_few_steps_that_none_can_be_pruned_leave_a_choice_by_final_rewards():
     assert all(not plan.prune for plan in plans(8, 4, 1))
     assert Plan(8, final_keep=4) in plans(8, 4, 1)
+
+
+@pytest.mark.parametrize("steps", [2, 6, 10])
+def test_points_lie_after_every_step_of_up_to_ten(steps):
+    searched = {point.step for plan in plans(24, 6, steps) for point in plan.prune}
+    assert searched == set(range(steps - 1))
+
+
+@pytest.mark.parametrize("steps", [11, 20, 28, 50, 1000])
+def test_more_steps_are_not_more_plans(steps):
+    """A verdict compares them on the main process while the others wait."""
+    searched = list(plans(24, 6, steps))
+    assert len(set(searched)) == len(searched) == len(list(plans(24, 6, 10)))
+    after = sorted({point.step for plan in searched for point in plan.prune})
+    gaps = [later - earlier for earlier, later in pairwise(after)]
+    assert (after[0], after[-1]) == (0, steps - 2) and max(gaps) - min(gaps) <= 1
+    for plan in searched:
+        plan.validate(steps)
+    assert len(list(PlanSettings(preset="auto").candidates(Plan(24), steps))) <= 606

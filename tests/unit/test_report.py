@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import re
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -14,6 +15,7 @@ from progrpo.pages.report import write_report
 from progrpo.pages.report.film import spread
 from progrpo.pages.report.head import verdict
 from progrpo.pages.run_data import read_run_data
+from progrpo.tracking.decisions import PlanDecision
 from progrpo.tracking.lock import only_writer
 from progrpo.tracking.run_folder import RunFolder
 from tests.support.locks import record
@@ -155,10 +157,14 @@ def test_a_constant_group_is_left_out(run, final):
     assert "OVF, on final rewards" not in page
 
 
+def figure_of(page, anchor):
+    (figure,) = re.findall(rf'id="{anchor}"[^>]*></div><script type="application/json">(.*?)</script>', page)
+    return json.loads(figure)
+
+
 def drawn(page, anchor):
     """The traces of a chart, by name."""
-    (figure,) = re.findall(rf'id="{anchor}"[^>]*></div><script type="application/json">(.*?)</script>', page)
-    return {trace["name"]: trace for trace in json.loads(figure)["data"] if "name" in trace}
+    return {trace["name"]: trace for trace in figure_of(page, anchor)["data"] if "name" in trace}
 
 
 def test_v_is_drawn_by_step_over_the_last_audits_and_over_the_run(run):
@@ -174,11 +180,64 @@ def test_v_is_drawn_by_step_over_the_last_audits_and_over_the_run(run):
     assert traces["by final rewards"]["y"] == pytest.approx([1.5, 1.55, 1.5])
     traces = drawn(page, "variance-over-run")
     assert {name: trace["y"] for name, trace in traces.items()} == {
-        "V at step 1": [1.2] * 5,
-        "V at most at step 1": [1.6] * 5,
+        "V at step 1": [1.0, 1.2] * 5,  # of the audit where the plan had no point
+        "V at most at step 1": pytest.approx([1.0, 1.6, 1.2, 1.6, 1.4, 1.6, 1.6, 1.6, 1.8, 1.6]),
         "agreement at step 1": [0.5] * 5,
     }
-    assert all(trace["x"] == [1, 3, 5, 7, 9] for trace in traces.values())
+    assert traces["agreement at step 1"]["x"] == [1, 3, 5, 7, 9]
+
+
+def audit_of_v(i, variance, most=1.8, keep=2):
+    v = {"keep": [keep] * STEPS, "variance": [variance] * STEPS, "variance_final": [most] * STEPS}
+    return {**audit(i), **v, "stopped_at": [None] * GROUP}
+
+
+def test_v_is_drawn_over_the_run_of_a_plan_that_keeps_all(run):
+    for i in range(4):
+        run.log({"iteration": i, "seconds": 2.0}, i)
+        if i % 2:
+            run.write_audit(audit_of_v(i, 1.0 + i / 10), pictures(GROUP, STEPS + 1))
+    run.summary.write({"plan": {"path": [4], "prune_steps": [], "selector": "ovf", "num_inference_steps": STEPS}})
+    page = text(run)
+    traces = drawn(page, "variance-over-run")
+    assert {name: (trace["x"], trace["y"]) for name, trace in traces.items()} == {
+        "V at step 0": ([1, 3], [1.1, 1.3]),
+        "V at step 1": ([1, 3], [1.1, 1.3]),
+        "V at most": ([1, 3], [1.8, 1.8]),
+    }
+    assert "of half of a group, which the plan keeps whole, and the best by final rewards" in page
+    value = "<strong>1.20 <em>of</em> 1.80</strong>"
+    words = "the rewards’ variance that 2 of 4 by previews of step 1 would keep; 1 is a random choice"
+    assert f"<span>Variance of the choice, V</span>{value}<span>{words}</span>" in page
+
+
+@pytest.mark.parametrize(
+    ("path", "prune_steps", "value", "words"),
+    [
+        ([4, 2], [1], "1.20 <em>of</em> 1.80", "2 of 4 by previews of step 1 keep"),
+        ([4, 3, 2], [0, 1], "1.20 <em>of</em> 1.80 <em>·</em> 1.20 <em>of</em> 1.80", "by previews of step 0 and 1"),
+        ([4, 2], [], "1.80", "2 of 4 by final rewards keep"),
+    ],
+)
+def test_the_head_has_v_of_the_plans_choice(run, path, prune_steps, value, words):
+    run.write_audit(audit_of_v(0, 1.5, keep=3), pictures(GROUP, STEPS + 1))  # under another plan
+    run.write_audit(audit_of_v(1, 1.2), pictures(GROUP, STEPS + 1))
+    run.summary.write({"plan": {"path": path, "prune_steps": prune_steps, "selector": "ovf", "num_inference_steps": 3}})
+    page = text(run)
+    assert f"<strong>{value}</strong>" in page and words in page
+    assert "V of a choice of 2 of 4 over the last audit group" in page
+
+
+def test_the_head_says_why_it_has_no_v(run):
+    assert "</strong><span>not measured yet</span>" in text(run)
+    run.write_audit(audit(0), pictures(GROUP, STEPS + 1))
+    assert "</strong><span>no audit has measured it</span>" in text(run)
+    for changes, words in (
+        ({"audit": {"every": 0}}, "audits are off"),
+        ({"prompts": {"pairs": "p"}}, "recorded pairs"),
+    ):
+        run.log_config({"recipe": "r", "iterations": 2, **changes})
+        assert f"</strong><span>{words}" in text(run)
 
 
 def test_audits_that_did_not_measure_v_have_a_report_without_it(run):
@@ -188,6 +247,65 @@ def test_audits_that_did_not_measure_v_have_a_report_without_it(run):
     none = {"keep": [2] * STEPS, "variance": [None] * STEPS, "variance_final": [None] * STEPS}
     run.write_audit({**audit(1), **none}, pictures(GROUP, STEPS + 1))
     assert "variance-by-step" not in text(run)
+
+
+def judged(i, decision):
+    return {"iteration": i, "seconds": 2.0, **decision.metrics()}
+
+
+CHOICE = PlanDecision(1.0, [24], [], 1.46, [24, 6], [3], 2.0, None, None)
+AFTER_IT = PlanDecision(1.5, [24, 6], [3], 1.5, [24, 6], [3], 2.0, 12.0, 0.5)
+
+
+def test_the_expected_gain_is_drawn_over_the_run_and_decisions_are_named(run):
+    run.log_config({"recipe": "r", "iterations": 4, "plan": {"preset": "auto"}})
+    run.log({"iteration": 0, "seconds": 2.0}, 0)
+    assert "Does the plan pay?" not in text(run)
+    for i, decision in ((1, CHOICE), (2, AFTER_IT), (3, replace(AFTER_IT, value=0.9, next_value=0.9))):
+        run.log(judged(i, decision), i)
+    page = text(run)
+    assert '<section id="plan">' in page and '<a href="#plan">' in page
+    figure = figure_of(page, "plan-value")
+    (line,) = figure["data"]
+    assert (line["x"], line["y"]) == ([1, 1, 2, 3], [1.0, 1.46, 1.5, 0.9])  # up at the decision
+    at_one, rule = figure["layout"]["shapes"]
+    assert (at_one["y0"], at_one["y1"]) == (1, 1) and (rule["x0"], rule["x1"]) == (1, 1)
+    (item,) = re.findall("<li>(.*?)</li>", page)
+    assert item.startswith("After iteration 1: groups of 24 → 6 (6 after step 3) from here on: 1.46 × the expected")
+    assert "(1.00 × until here), since training a member takes 2 × its sampling" in item
+
+
+def test_a_verdict_that_changes_nothing_is_a_decision_of_auto_alone(run):
+    stays = PlanDecision(1.0, [24], [], 1.0, [24], [], 2.0, None, None)
+    for i in (1, 2):
+        run.log(judged(i, stays), i)
+    assert '<section id="plan">' in text(run) and "<li>" not in text(run)
+    run.log_config({"recipe": "r", "iterations": 4, "plan": {"preset": "auto"}})
+    (item,) = re.findall("<li>(.*?)</li>", text(run))
+    assert item.startswith("After iteration 1: groups of 24 (not pruned) as before: 1.00 × ")
+
+
+def test_of_many_decisions_the_last_are_named(run):
+    for i in range(25):
+        run.log(judged(i, replace(CHOICE, value=1 + i / 100)), i)
+    page = text(run)
+    assert page.count("<li>") == 20 and "The last 20 of 25 decisions" in page
+    assert '<ol class="decisions" start="6">' in page
+    labels = figure_of(page, "plan-value")["layout"]["annotations"]
+    assert [(label["x"], label["text"]) for label in labels] == [(i, str(i + 1)) for i in range(5, 25)]
+
+
+def test_an_older_run_has_the_value_of_its_plan_alone(run):
+    run.log({"iteration": 2, "seconds": 2.0, "plan/value": 1.2, "plan/survivors": 6, "plan/path": [24, 6]}, 2)
+    page = text(run)
+    assert figure_of(page, "plan-value")["data"][0]["y"] == [1.2] and "<li>" not in page
+
+
+@pytest.mark.parametrize("bad", [{"plan/path": "24"}, {"plan/next_steps": [EVIL]}, {"plan/next_value": EVIL}])
+def test_a_damaged_decision_is_one_sentence(run, bad):
+    run.log(judged(1, CHOICE) | bad, 1)
+    with pytest.raises(ValueError, match="what the report shows as plan, cannot be read as progrpo writes it"):
+        text(run)
 
 
 def test_no_string_of_a_user_becomes_markup(run):

@@ -64,6 +64,13 @@ def test_the_tables_beside_the_map_are_what_their_json_gives(monkeypatch: pytest
         assert f"<!-- {mark}:begin -->\n\n{table}\n\n<!-- {mark}:end -->" in page, mark
 
 
+def test_the_table_of_noise_scales_is_what_its_json_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    study = importlib.import_module("noise_scale")
+    scales = json.loads((ROOT / "docs/results/noise_scale.json").read_text())
+    assert study.table(scales) in (ROOT / "docs/results/road_to_reward.md").read_text()
+
+
 def test_the_trials_have_the_settings_that_they_were_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     search = importlib.import_module("search")

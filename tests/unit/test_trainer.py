@@ -30,12 +30,16 @@ from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts
 from progrpo.rollout.rollout import rollout
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.console import Console
+from progrpo.tracking.decisions import PlanDecision
 from progrpo.tracking.records import Summary
+from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.audit import GroupWatch
 from progrpo.training.distributed import Ranks
 from progrpo.training.errors import SelfCheckError
+from progrpo.training.noise_scale import NoiseScale
 from progrpo.training.plan_judge import Verdict
 from progrpo.training.plan_monitor import PlanMonitor
+from progrpo.training.summary import Progress, summarize
 from progrpo.training.totals import Totals
 from progrpo.training.watch import SelfChecks
 from progrpo.types import Cost
@@ -156,7 +160,7 @@ def test_watched_groups_are_seen_as_a_group_of_their_own_would_be(tiny_trainer, 
 @pytest.mark.parametrize(("prune", "warns"), [(((1, 2),), True), ((), False)])
 def test_a_plan_below_plain_groups_is_warned_of_where_it_prunes(tiny_trainer, tiny_config, capsys, prune, warns):
     monitor = tiny_trainer(tiny_config(plan=PlanSettings("custom", group_size=4, prune=prune))).plan_monitor
-    before, monitor.plan_value = monitor.standing, 0.9
+    before, monitor.plan_value = monitor.standing, 0.9  # as after a verdict
     monitor.announce_change(before, Console(7, nfe_unpruned=1))
     assert ("is expected to bring 0.90 x" in capsys.readouterr().out) == warns
 
@@ -167,10 +171,35 @@ def test_a_plan_that_moves_its_steps_alone_is_announced(tiny_config, capsys):
     before = monitor.standing
     monitor.announce_change(before, Console(7, nfe_unpruned=1))
     assert capsys.readouterr().out == ""
-    monitor.plan = Plan(4, (PrunePoint(2, 3),))
-    monitor.verdict = Verdict(1.0, monitor.plan, [4, 3], 1.1, 1.0, "calls are dear")
+    monitor.plan, monitor.plan_value = Plan(4, (PrunePoint(2, 3),)), 1.1
+    decision = PlanDecision(0.95, [4, 3], [1], 1.1, [4, 3], [2], 2.0, None, None)
+    monitor.verdict = Verdict(monitor.plan, decision, 1.0)
     monitor.announce_change(before, Console(7, nfe_unpruned=1))
-    assert "plan: groups of 4 -> 3 from here on (3 after step 2): 1.10 x" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("plan: groups of 4 -> 3 (3 after step 2) from here on: 1.10 x")
+
+
+def test_a_first_verdict_that_keeps_the_plan_is_announced_once(tiny_config, capsys):
+    config = tiny_config(plan=PlanSettings("auto"), audit=AuditSettings(every=1))
+    monitor = PlanMonitor(config, Ranks(), SelfChecks(config.watch))
+    before, monitor.plan_value = monitor.standing, 1.0
+    monitor.verdict = Verdict(monitor.plan, PlanDecision(1.0, [24], [], 1.0, [24], [], 0.5, None, None), 1.0)
+    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    assert capsys.readouterr().out.startswith("plan: groups of 24 (not pruned) as before: 1.00 x the expected progress")
+    monitor.announce_change(monitor.standing, Console(7, nfe_unpruned=1))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_value_belongs_to_the_plan_that_was_judged(tiny_config):
+    """A plan that a resumed run takes in its place has none yet."""
+    judged, same, other = (
+        PlanMonitor(config, Ranks(), SelfChecks(config.watch))
+        for prune in (((1, 2),), ((1, 2),), ())
+        for config in [tiny_config(plan=PlanSettings("custom", group_size=4, prune=prune))]
+    )
+    judged.plan_value = 0.9
+    for monitor, value in ((same, 0.9), (other, None)):
+        monitor.load_state_dict(judged.state_dict())
+        assert monitor.plan_value == value
 
 
 def test_agreements_are_forgotten_with_the_plan_that_they_are_of(tiny_trainer, tiny_config):
@@ -214,16 +243,25 @@ def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_co
     done.append(trainer.step())
     trainer.plan_monitor.announce_change(before_it, Console(7, nfe_unpruned=1))
     (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith("plan: groups of 24 -> 6 from here on (6 by final rewards): ")
-    assert "x the expected progress a second of plain groups of 24, since training a member takes" in said
+    assert said.startswith("plan: groups of 24 -> 6 (6 by final rewards) from here on: ")
+    assert "(1.00 x until here), since training a member takes" in said
     judgement = trainer.plan_monitor.judge.verdict(Plan(24), trainer.plan_monitor.selector, frozenset())
-    before, after = (t.learner.updater.noise_scale.state_dict()["noise"] for t in (resumed, trainer))
-    mean = 0.95 * before + 0.05 * done[2].record["update/gradient_noise"]
-    assert after == pytest.approx(mean / judgement.signal_ratio) and judgement.signal_ratio < 0.9  # of the new plan
+    before, after = (t.learner.updater.noise_scale.state_dict() for t in (resumed, trainer))
+    mean = 0.95 * before["noise"] + 0.05 * done[2].record["update/gradient_noise"]
+    expected = NoiseScale()
+    expected.load_state_dict({**after, "noise": mean, "members": before["members"]})
+    expected.change_signal(judgement.signal_ratio)
+    assert after == pytest.approx(expected.state_dict()) and judgement.signal_ratio < 0.9  # of the new plan
+    decision = {name: value for name, value in done[2].record.items() if name.startswith("plan/")}
+    assert decision == judgement.decision.metrics()
+    assert (decision["plan/value"], decision["plan/path"], decision["plan/next_path"]) == (1.0, [24], [24, 6])
+    assert decision["plan/next_value"] > 1.5 and all(f"`{name}`" in DOCS.read_text() for name in decision)
+    summary = summarize(trainer, RunFolder.create(tmp_path / "run"), Progress("running", 1.0, None, []))
+    assert (summary["plan"]["value"], summary["plan"]["path"]) == (decision["plan/next_value"], [24, 6])
     done += [trainer.step() for _ in range(3)]
     assert [d.audit is not None for d in done] == [True, True, True, False, False, True]
     assert ["plan/value" in d.record for d in done] == [False, False, True, False, False, True]
-    assert done[2].record["plan/path"] == [24, 6] and done[3].record["rollout/survivors"] == 12
+    assert done[5].record["plan/path"] == [24, 6] and done[3].record["rollout/survivors"] == 12
     assert [untimed(resumed.step().record) for _ in range(4)] == [untimed(d.record) for d in done[2:]]
 
 

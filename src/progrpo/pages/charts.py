@@ -320,6 +320,44 @@ def variance(
     return figure
 
 
+@dataclass(frozen=True)
+class Judged:
+    """The expected progress of a plan in an iteration, over plain GRPO's, and the plan in words (HTML)."""
+
+    iteration: int
+    value: float
+    plan: str
+
+
+def plan_value(judged: Sequence[Judged], rules: Mapping[int, int]) -> Figure:
+    """The expected progress of plans over the run, with a line at 1 and numbered rules at iterations."""
+    drawn = [judged[i] for i in thinned([one.value for one in judged])]
+    values = [one.value for one in drawn]
+    line: Trace = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [one.iteration for one in drawn],
+        "y": values,
+        "customdata": [one.plan for one in drawn],
+        "line": {"color": ACCENT, "width": 2},
+        "marker": {"size": 7, "line": {"color": PAPER, "width": 1.5}},
+        "hovertemplate": "iteration %{x}: %{y:.2f} ×<br>%{customdata}<extra></extra>",
+    }
+    low, high = min(0.95, *values), max(1.05, *values)
+    margin = 0.08 * (high - low)
+    y = _axis("", {"range": [low - margin, high + 2 * margin], "tickformat": ".2f"})
+    figure = _figure([line], _axis(AXES["iteration"]), y, 260)
+    below = {"type": "line", "layer": "below"}
+    plain = below | {"xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": MUTED, "width": 1}}
+    rule = below | {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": AMBER, "width": 1.5, "dash": "dot"}}
+    figure["layout"]["shapes"] = [plain, *(rule | {"x0": i, "x1": i} for i in rules)]
+    label = {"yref": "paper", "y": 1, "yanchor": "top", "xanchor": "left", "xshift": 4, "showarrow": False}
+    figure["layout"]["annotations"] = [
+        label | {"x": i, "text": str(number), "font": {"color": AMBER, "size": 12}} for i, number in rules.items()
+    ]
+    return figure
+
+
 def _by_step(data: Sequence[Trace], y: Mapping[str, object], path: Sequence[int], prune_steps: Sequence[int]) -> Figure:
     """A figure over steps, with a rule at each prune point."""
     figure = _figure(data, _axis("step", {"dtick": 1}), _axis("", y), 240)

@@ -99,6 +99,11 @@ class RunData:
         return [int(step) for step in self.summary["plan"]["prune_steps"]] if self.summary.get("plan") else []
 
     @property
+    def is_judged(self) -> bool:
+        """Whether a plan's expected progress was estimated."""
+        return any(metric(record, "plan/value") is not None for record in self.metrics)
+
+    @property
     def paired(self) -> bool:
         """Whether before and after have the same prompts in the same order; they start from the same noise."""
         return bool(self.before) and [r["prompt"] for r in self.before] == [r["prompt"] for r in self.after]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict, cast
 
 MetricValue = float | list[int] | None
-"""A number, or None where there is none. Only `plan/path` is a list."""
+"""A number, or None where there is none. Only a plan's path and steps are lists."""
 
 Metrics = dict[str, MetricValue]
 """One iteration's record in metrics.jsonl, flat `stage/name` keys (docs/metrics.md)."""
@@ -136,6 +136,9 @@ class Summary(MeasuredSummary, total=False):
     nfe_ratio_to_none: float | None
     preview_rank_correlation: dict[str, float | None]
     preview_rank_correlation_by_step: dict[str, float | None]
+    preview_variance: dict[str, float]
+    preview_variance_by_step: dict[str, float]
+    preview_variance_final_by_step: dict[str, float]
     cost: CostSummary
     plan: PlanSummary
     rewards: RewardSummary

@@ -120,11 +120,15 @@ class NoiseScale:
         return self.prompts if self._updates >= _SETTLED else None
 
     def change_signal(self, factor: float) -> None:
-        """Go on under a plan where a prompt has `factor` (above 0) times the signal, and its members another noise."""
-        own_noise = self._own_noise  # stays what it is
-        self._noise /= factor
-        if self._members is not None and self._weight:
-            self._members = max(0.0, self._noise / self._weight - own_noise)
+        """Go on under a plan where a prompt's members have `factor` (above 0) times the signal.
+
+        Their noise is divided by it, and that of own directions stays. Where members were measured to have more noise
+        than there is, or not at all, all noise is taken to be theirs.
+        """
+        own = self._own_noise * self._weight if self._members is not None else 0.0
+        self._noise = own + (self._noise - own) / factor
+        if self._members is not None:
+            self._members /= factor
 
     def state_dict(self) -> NoiseScaleState:
         return {

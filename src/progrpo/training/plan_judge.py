@@ -10,9 +10,10 @@ from typing import NotRequired, TypedDict, cast
 import numpy as np
 
 from progrpo.config import Config, compares_equal_members, prompt_cost
-from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
+from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, point_steps, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.prune import Selector
+from progrpo.tracking.decisions import PlanDecision
 from progrpo.tracking.statistics import standardised
 from progrpo.types import Cost
 
@@ -62,19 +63,14 @@ def plan_from(state: PlanState) -> Plan:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of a plan, and the `plan` to go on with.
+    """The `plan` to go on with, the decision as a run records it, and what becomes of the gradient noise scale.
 
-    `plan_value` is the judged plan's expected progress per second, over plain GRPO's (preset none), and
-    `next_value` that of the plan to go on with. `signal_ratio` is the signal of a prompt under the next plan over that
-    under the judged one. `reasons` is a clause with the measurements that decided, beside previews.
+    `signal_ratio` is the signal k V of a prompt's members under the next plan over that under the judged one.
     """
 
-    plan_value: float
     plan: Plan
-    path: list[int]
-    next_value: float
+    decision: PlanDecision
     signal_ratio: float
-    reasons: str
 
 
 class PlanJudge:
@@ -149,21 +145,30 @@ class PlanJudge:
         rates = {candidate: rate(candidate) for candidate in self._candidates(plan)} or {plan: now}
         leader = max(rates, key=lambda candidate: rates[candidate])
         best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
-        ratio = signal(best) / signal(plan) if members else 1.0
-        return Verdict(now / plain, best, path(best), value / plain, ratio, self._reasons(none, noise_scale))
+        decision = PlanDecision(
+            value=now / plain,
+            path=path(plan),
+            steps=point_steps(plan),
+            next_value=value / plain,
+            next_path=path(best),
+            next_steps=point_steps(best),
+            training_ratio=self._training_ratio(none),
+            noise_scale=noise_scale,
+            own_direction=own_direction,
+        )
+        return Verdict(best, decision, simulation.signal(best, selector) / members if members else 1.0)
 
     def _candidates(self, plan: Plan) -> Iterator[Plan]:
         """The plans that may take the place of `plan`, none of which compares equal members."""
         candidates = self.config.plan.candidates(plan, self.config.sampling.num_inference_steps)
         return (candidate for candidate in candidates if not compares_equal_members(self.config, candidate))
 
-    def _reasons(self, plain: Plan, noise_scale: float | None) -> str:
+    def _training_ratio(self, plain: Plan) -> float:
+        """The seconds of training a member over those of sampling it unpruned."""
         assert self.units is not None
         cost = prompt_cost(self.config, plain)
         training = self.units.seconds(Cost(trained_steps=cost.trained_steps))
-        ratio = training / self.units.seconds(replace(cost, trained_steps=0))
-        noise = "not known yet" if noise_scale is None else f"{noise_scale:.3g} prompts"
-        return f"training a member takes {ratio:.2g} x its sampling, and the gradient noise scale is {noise}"
+        return training / self.units.seconds(replace(cost, trained_steps=0))
 
     def _progress_per_second(self, signal: float, plan: Plan, probed_steps: frozenset[int], noise: float) -> float:
         """The progress of a second under a plan with this signal per prompt, up to a factor.

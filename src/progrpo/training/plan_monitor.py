@@ -21,7 +21,7 @@ from progrpo.types import Cost, Rollout
 
 @dataclass(frozen=True)
 class PlanStanding:
-    """The value of the plan that was judged last, None before that, and the plan in force."""
+    """The plan in force and its value, None before a verdict."""
 
     value: float | None
     plan: Plan
@@ -39,7 +39,7 @@ class PlanMonitor:
         self.probe = Probe(config.sampling.num_inference_steps, config.seed) if config.preview.probe else None
         self.judge = PlanJudge(config)
         self.plan_value: float | None = None
-        """The value of the plan that was judged last."""
+        """The value of the plan in force, by the last verdict."""
         self.verdict: Verdict | None = None
         """The last verdict; None before it, and after a resume."""
         self._config = config
@@ -132,30 +132,24 @@ class PlanMonitor:
             self._self_checks.forget_agreement()
         self.plan = verdict.plan
         noise_scale.change_signal(verdict.signal_ratio)
-        self.plan_value = verdict.plan_value
+        self.plan_value = verdict.decision.next_value
         self.verdict = verdict
-        return {"plan/value": verdict.plan_value, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
+        return verdict.decision.metrics()
 
     def announce_change(self, before: PlanStanding, console: Console) -> None:
-        """Say which plan has taken over, or warn of a plan whose pruning has turned out not to be worth its time."""
+        """Say what was decided, or warn of a plan whose pruning has turned out not to be worth its time."""
         value = self.plan_value
+        if value is None:
+            return
         prunes = self.plan.survivors < self.plan.group_size
-        numbers = " -> ".join(map(str, path(self.plan)))
-        if self._config.plan.follows_audits and self.plan != before.plan:
-            points = [f"{point.keep} after step {point.step}" for point in self.plan.active_points()]
-            if self.plan.final_keep is not None:
-                points.append(f"{self.plan.final_keep} by final rewards")
-            assert self.verdict is not None, "only a verdict changes the plan"
-            console.say(
-                f"plan: groups of {numbers} from here on ({', '.join(points) or 'not pruned'}):"
-                f" {self.verdict.next_value:.2f} x the expected progress a second of plain groups of 24, since"
-                f" {self.verdict.reasons}"
-            )
-        elif prunes and value is not None and value < 1 and (before.value is None or before.value >= 1):
+        if self._config.plan.follows_audits and (self.plan != before.plan or before.value is None):
+            assert self.verdict is not None, "only a verdict decides"
+            console.say(f"plan: {self.verdict.decision.sentence}")
+        elif prunes and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
-                f"the plan {numbers} is expected to bring {value:.2f} x the progress a second of"
-                " plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or take plan.preset"
-                " auto"
+                f"the plan {' -> '.join(map(str, path(self.plan)))} is expected to bring {value:.2f} x the progress a"
+                " second of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or take"
+                " plan.preset auto"
             )
 
     def state_dict(self) -> PlanMonitorState:
@@ -176,4 +170,4 @@ class PlanMonitor:
         self.judge.load_state_dict(state["judge"])
         if self.probe is not None and state["probe"] is not None:
             self.probe.load_state_dict(state["probe"])
-        self.plan_value = state["plan_value"]
+        self.plan_value = state["plan_value"] if self.plan == plan else None

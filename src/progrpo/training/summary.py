@@ -14,6 +14,7 @@ import torch
 
 from progrpo.config import Config, plan_costs
 from progrpo.rollout.plan import PlanCosts, preset
+from progrpo.tracking.choices import Choice, choices
 from progrpo.tracking.records import AuditRecord, MeasuredSummary, PlanSummary, RewardSummary, Summary
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
@@ -40,8 +41,10 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
     unpruned = nfe_unpruned(trainer) * iterations
     plain = nfe_of_full_groups(config, none.group_size) * iterations
     agreement: dict[int, float | None] = {}
+    kept: dict[int, Choice] = {}
     with suppress(ValueError, LookupError, TypeError):  # of an audit's file that somebody changed: the report says so
-        agreement = preview_agreement(folder.read_audits())
+        audits = folder.read_audits()
+        agreement, kept = preview_agreement(audits), choices(audits)
     points = trainer.plan.active_points()
     return {
         "recipe": config.recipe,
@@ -56,6 +59,9 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
         "nfe_ratio_to_none": totals.counted.nfe / plain if plain else plan["nfe_ratio_to_none"],
         "preview_rank_correlation": {str(point.step): agreement.get(point.step) for point in points},
         "preview_rank_correlation_by_step": {str(step): value for step, value in agreement.items()},
+        "preview_variance": {str(point.step): kept[point.step].variance for point in points if point.step in kept},
+        "preview_variance_by_step": {str(step): choice.variance for step, choice in kept.items()},
+        "preview_variance_final_by_step": {str(step): choice.variance_final for step, choice in kept.items()},
         "cost": {
             "predicted": asdict(totals.predicted),
             "counted": asdict(totals.counted),

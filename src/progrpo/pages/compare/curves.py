@@ -44,6 +44,7 @@ _CARDS = (
     _Card("eval/judge", "Judge", "share passed by a judge never trained on", {"tickformat": ".0%"}),
     _Card(_KL, "Distance to the reference", "mean square distance of velocities, in evaluations"),
     _Card("rollout/diversity", "Diversity", "pixel difference of survivors of one prompt"),
+    _Card("plan/value", "Expected gain of the plan", "progress per second over plain GRPO’s, estimated after audits"),
 )
 
 

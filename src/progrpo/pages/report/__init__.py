@@ -10,11 +10,11 @@ from pathlib import Path
 
 from progrpo.messages import named
 from progrpo.pages import page
-from progrpo.pages.report import audits, cost, curves, evaluation, head, settings
+from progrpo.pages.report import audits, cost, curves, evaluation, head, plan, settings
 from progrpo.pages.run_data import read_run_data, readable
 from progrpo.tracking.run_folder import RunFolder
 
-_SECTIONS = (head, evaluation, curves, audits, cost, settings)
+_SECTIONS = (head, evaluation, curves, audits, plan, cost, settings)
 
 
 def report_page(folder: Path) -> str:

@@ -12,7 +12,8 @@ from progrpo.pages.charts import ACCENT, AMBER, GREY, TEAL, VIOLET, Curve
 from progrpo.pages.page import chart, escape, note, section
 from progrpo.pages.report.film import films
 from progrpo.pages.run_data import RunData
-from progrpo.tracking.records import AuditRecord
+from progrpo.tracking.choices import alike, measures_variance, share_of_steps
+from progrpo.tracking.records import AuditRecord, Metrics, iteration_of
 from progrpo.tracking.statistics import spearman, standardised
 
 _FILM = (
@@ -28,7 +29,7 @@ _VARIANCE = (
     "line leads from a random choice (1, or just below) up to the best choice by final rewards (grey), so the gap to "
     "grey is what previews lose, and where grey itself is near 1 there is nothing to select."
 )
-_LAST = 8  # audits: those that the plan is judged by
+_SHARES = (0.25, 0.5, 0.75)  # of the network calls, after which V is drawn where nothing is pruned on previews
 _KEPT = (
     "Final rewards in the audit groups, less the group’s mean, in units of its standard deviation. Most rewards lie "
     "close together: a uniform draw keeps that distribution, OVF keeps its two ends (figure 1 of arXiv 2512.15347)."
@@ -73,31 +74,63 @@ def _choices(data: RunData) -> str:
 
 
 def _variance_by_step(data: RunData) -> str:
-    steps = data.audits[-1]["steps"]
-    pairs = [(audit.get("variance", []), audit.get("variance_final", [])) for audit in data.audits[-_LAST:]]
-    complete = [pair for pair in pairs if all(len(row) == len(steps) and None not in row for row in pair)]
-    if not complete or not steps:
+    latest = alike(data.audits)
+    if not latest:
         return ""
-    variance_AT, variance_final_AT = np.array(complete, dtype=np.float64).swapaxes(0, 1)
+    steps, members = latest[-1]["steps"], len(latest[-1]["final"])
+    variance_AT, variance_final_AT = (
+        np.array([audit[name] for audit in latest], dtype=np.float64) for name in ("variance", "variance_final")
+    )
     figure = charts.variance(steps, variance_AT, variance_final_AT, data.path_of_plan, data.prune_steps)
-    groups = "the last audit group" if len(complete) == 1 else f"the last {len(complete)} audit groups, mean and range"
-    return chart(figure, "variance-by-step", "Variance of the choice by step", f"V over {groups}")
+    groups = "the last audit group" if len(latest) == 1 else f"the last {len(latest)} audit groups, mean and range"
+    keeps = " or ".join(str(keep) for keep in sorted({int(keep) for keep in latest[-1]["keep"]}))
+    about = f"V of a choice of {keeps} of {members} over {groups}"
+    return chart(figure, "variance-by-step", "Variance of the choice by step", about)
 
 
 def _over_the_run(data: RunData) -> str:
-    """V of the choices at the plan's points, beside the best and the agreement, over iterations."""
+    """V of the choices at the plan's points, beside the best and the agreement, over iterations.
+
+    Where nothing is pruned on previews, it is V of choices of half at a few steps.
+    """
     keys = {key for record in data.metrics for key in record if key.startswith("preview/rank_correlation@")}
+    points = sorted(int(key.partition("@")[2]) for key in keys)
+    measured = {audit["iteration"]: audit for audit in data.audits if measures_variance(audit)}
+    steps = points or sorted({share_of_steps(a["steps"], share) for a in measured.values() for share in _SHARES})
+    records = [{**_choice_metrics(measured.get(iteration_of(r)), steps), **r} for r in data.metrics]
+    colours = (ACCENT, TEAL, AMBER, VIOLET)
     lines = []
-    for i, step in enumerate(sorted(int(key.partition("@")[2]) for key in keys)):
-        colour = (ACCENT, TEAL, AMBER, VIOLET)[i % 4]
-        lines += [
-            Curve(f"preview/variance@{step}", f"V at step {step}", colour),
-            Curve(f"preview/variance_final@{step}", f"V at most at step {step}", GREY),
-            Curve(f"preview/rank_correlation@{step}", f"agreement at step {step}", colour, points=True),
-        ]
-    figure = charts.curves(data.metrics, lines, {"rangemode": "tozero"}, 240)
-    about = "V at the prune points, the best by final rewards, and the rank correlation (dotted), in audit groups"
-    return "" if figure is None else chart(figure, "variance-over-run", "Choices over the run", about)
+    for i, step in enumerate(steps):
+        colour = colours[i % len(colours)]
+        lines.append(Curve(f"preview/variance@{step}", f"V at step {step}", colour))
+        if points or step == steps[-1]:  # choices of half have one bound
+            name = f"V at most at step {step}" if points else "V at most"
+            lines.append(Curve(f"preview/variance_final@{step}", name, GREY))
+        if points:
+            lines.append(Curve(f"preview/rank_correlation@{step}", f"agreement at step {step}", colour, points=True))
+    figure = charts.curves(records, lines, {"rangemode": "tozero"}, 240)
+    if figure is None:
+        return ""
+    return chart(figure, "variance-over-run", "Choices over the run", _about_run(data, points))
+
+
+def _about_run(data: RunData, points: Sequence[int]) -> str:
+    if points:
+        return "V at the prune points, the best by final rewards, and the rank correlation (dotted), in audit groups"
+    whose = "as many as the plan keeps" if len(data.path_of_plan) > 1 else "half of a group, which the plan keeps whole"
+    return f"V that a choice by previews would have, of {whose}, and the best by final rewards, in audit groups"
+
+
+def _choice_metrics(audit: AuditRecord | None, steps: Sequence[int]) -> Metrics:
+    """V of an audit's choices at these steps, by the names that iterations have for those of the plan's points."""
+    if audit is None:
+        return {}
+    at = {step: i for i, step in enumerate(audit["steps"]) if step in steps}
+    return {
+        f"preview/{name}@{step}": row[i]
+        for name, row in (("variance", audit["variance"]), ("variance_final", audit["variance_final"]))
+        for step, i in at.items()
+    }
 
 
 def _kept(data: RunData) -> str:

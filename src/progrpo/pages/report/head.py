@@ -9,6 +9,7 @@ import numpy as np
 
 from progrpo.pages.page import escape
 from progrpo.pages.run_data import RunData, accuracy, total
+from progrpo.tracking.choices import choices, share_of_steps
 from progrpo.tracking.records import before_and_after, metric
 from progrpo.tracking.statistics import Mean
 from progrpo.tracking.wording import MISSING, count, duration, number, percent
@@ -19,6 +20,7 @@ _LINKS = {
     "audits": "Inside a group",
     "agreement": "Preview agreement",
     "kept": "What is kept",
+    "plan": "Does the plan pay?",
     "cost": "Cost",
     "settings": "Settings",
 }
@@ -27,7 +29,9 @@ _LINKS = {
 def write(data: RunData) -> str:
     status = escape(data.status.split(":")[0])
     device = f"<span>{escape(data.summary['device'])}</span>" if data.summary.get("device") else ""
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items())
+    links = "".join(
+        f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items() if anchor != "plan" or data.is_judged
+    )
     return (
         f'<header><div class="eyebrow"><span>progrpo run report</span><span class="status {status}">{status}</span>'
         f"{device}</div><h1>{escape(data.recipe)}</h1>"
@@ -107,7 +111,7 @@ def _tiles(data: RunData) -> str:
             _tile("Reward", _from_to(data, "reward", number), "mean over the test prompts"),
             _tile("Judge", _from_to(data, "judge", percent), "share passed by a judge never trained on"),
             _network_evaluations(data),
-            _previews(data),
+            _choice(data),
             _time(data),
         )
     )
@@ -140,15 +144,36 @@ def _network_evaluations(data: RunData) -> str:
     return _tile("Network evaluations", count(nfe), ", ".join(details) or "NFE of the training samples")
 
 
-def _previews(data: RunData) -> str:
-    correlations = data.summary.get("preview_rank_correlation") or {}
-    if not correlations:
-        return _tile(
-            "Preview agreement", MISSING, "not measured yet" if data.prune_steps else "nothing is pruned on previews"
-        )
-    values = " <em>·</em> ".join(number(value, 2) for value in correlations.values())
-    steps = " and ".join(map(escape, correlations))
-    return _tile("Preview agreement", values, f"rank correlation with finals, step {steps}")
+_V = "Variance of the choice, V"
+
+
+def _choice(data: RunData) -> str:
+    """V of the plan's choice, or what V a choice of half would have where the plan keeps all."""
+    kept = choices(data.audits)
+    if not kept:
+        return _tile(_V, MISSING, _not_measured(data))
+    path, points = data.path_of_plan, [step for step in data.prune_steps if step in kept]
+    by_finals = len(path) > 1 and not points
+    shown = points or [share_of_steps(list(kept), 0.5)]
+    of_each = [kept[step] for step in shown]
+    values = " <em>·</em> ".join(
+        number(choice.variance_final, 2)
+        if by_finals
+        else f"{number(choice.variance, 2)} <em>of</em> {number(choice.variance_final, 2)}"
+        for choice in of_each
+    )
+    keeps = " and ".join(f"{choice.keep} of {choice.members}" for choice in of_each)
+    when = "final rewards" if by_finals else f"previews of step {' and '.join(map(str, shown))}"
+    verb = "keep" if len(path) > 1 else "would keep"
+    return _tile(_V, values, f"the rewards’ variance that {keeps} by {when} {verb}; 1 is a random choice")
+
+
+def _not_measured(data: RunData) -> str:
+    if data.pairs:
+        return "recorded pairs, none is chosen from"
+    if data.setting("audit", "every") == 0:
+        return "audits are off"
+    return "no audit has measured it" if data.audits else "not measured yet"
 
 
 def _time(data: RunData) -> str:
