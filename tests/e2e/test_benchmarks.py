@@ -88,7 +88,7 @@ def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeyp
     assert survey.reached_at(line, 2.5) == pytest.approx(25) and survey.reached_at(line, 9.0) is None
 
 
-def test_a_level_is_not_reached_before_training(monkeypatch):
+def test_no_level_of_the_map_is_reached_before_training(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     reached_at = importlib.import_module("when_pruning_pays").reached_at
     # the first point stays 0; the second is the mean of three
