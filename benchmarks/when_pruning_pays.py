@@ -862,7 +862,7 @@ def _measured(f: Finding | None) -> str:
 def groups_table(survey: Map) -> list[str]:
     """A row per choice whose survivors are allotted over groups, or whose groups stop: beside the same without it."""
     heads = [
-        "objective, reward",
+        "reward",
         "choice",
         *(f"R = {ratio:g}" for ratio in RATIOS),
         "over the row above: to 50 %",
@@ -876,7 +876,10 @@ def groups_table(survey: Map) -> list[str]:
             for one in (each, cell):
                 speeds = [_measured(survey.finding(one, 0.9, ratio)) for ratio in RATIOS]
                 over = [_over(survey.results, cell, each, share)[0] if one is cell else "" for share in (0.5, 0.9)]
-                title, seeds = f"{one.objective.upper()}, {one.shape}", survey.results.most_seeds(one)
+                title, seeds = (
+                    one.shape if one.objective == "grpo" else f"{one.objective}, {one.shape}",
+                    survey.results.most_seeds(one),
+                )
                 lines.append(f"| {title} | {one.choice} | {' | '.join((*speeds, *over))} | {seeds} |")
     return lines
 
@@ -955,7 +958,7 @@ def gradients_table(rows: Sequence[Gradient]) -> list[str]:
 def promise_table(survey: Map, gradients: Sequence[Gradient], previews: Previews) -> list[str]:
     """A row per choice under GRPO: agreement of previews and V, and both promises beside the speed."""
     heads = ["choice", "agreement", "after 40", "V", "after 40"]
-    heads += [f"R = {ratio:g}: {what}" for ratio in RATIOS[1:] for what in ("k V", "promise", "measured")]
+    heads += [head for ratio in RATIOS[1:] for head in (f"R = {ratio:g}: k V", "promise", "speed")]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     agreement = {(r["choice"], r["after"]): r["agreement"] for r in previews["previews"] if r["ode_steps"] == 1}
     kept = {(row["choice"], row["after"]): row["kept_variance"] for row in gradients}
@@ -973,7 +976,7 @@ def promise_table(survey: Map, gradients: Sequence[Gradient], previews: Previews
 def promises_table(survey: Map) -> list[str]:
     """A row per objective: the promises of choices for R = 4 beside their speed to 90 %."""
     names = ("6 of 12 after 8", "6 after 8", "12 after 8")
-    heads = ["objective", *(f"{name}: {what}" for name in names for what in ("k V", "promise", "measured"))]
+    heads = ["objective", *(head for name in names for head in (f"{name}: k V", "promise", "speed"))]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for objective in OBJECTIVES:
         findings = [survey.finding(Cell(objective, name, "smooth"), 0.9, RATIOS[-1]) for name in names]
