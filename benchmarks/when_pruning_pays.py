@@ -864,7 +864,7 @@ def groups_table(survey: Map) -> list[str]:
     heads = [
         "reward",
         "choice",
-        *(f"R = {ratio:g}" for ratio in RATIOS),
+        *(f"R = {ratio:g}" for ratio in RATIOS[1:]),
         "over the row above: to 50 %",
         "to 90 %",
         "seeds",
@@ -874,7 +874,7 @@ def groups_table(survey: Map) -> list[str]:
         rivals = [name for name, other in (*OVER_GROUPS.items(), *HALVED.items()) if other == cell.choice]
         for each in (replace(cell, choice=name) for name in rivals if survey.results.of(cell)):
             for one in (each, cell):
-                speeds = [_measured(survey.finding(one, 0.9, ratio)) for ratio in RATIOS]
+                speeds = [_measured(survey.finding(one, 0.9, ratio)) for ratio in RATIOS[1:]]
                 over = [_over(survey.results, cell, each, share)[0] if one is cell else "" for share in (0.5, 0.9)]
                 title, seeds = (
                     one.shape if one.objective == "grpo" else f"{one.objective}, {one.shape}",
@@ -976,7 +976,7 @@ def promise_table(survey: Map, gradients: Sequence[Gradient], previews: Previews
 def promises_table(survey: Map) -> list[str]:
     """A row per objective: the promises of choices for R = 4 beside their speed to 90 %."""
     names = ("6 of 12 after 8", "6 after 8", "12 after 8")
-    heads = ["objective", *(head for name in names for head in (f"{name}: k V", "promise", "speed"))]
+    heads = ["objective", *(head for name in ("`late`", *names[1:]) for head in (f"{name}: k V", "promise", "speed"))]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for objective in OBJECTIVES:
         findings = [survey.finding(Cell(objective, name, "smooth"), 0.9, RATIOS[-1]) for name in names]
