@@ -118,8 +118,9 @@ def measure(reward: str, trial: str, batches: int) -> Scale:
 
 
 def table(scales: Sequence[Scale]) -> str:
+    """A row for each trial, those of one reward together."""
     lines = ["| reward | objective | noise scale, prompts | core seconds a prompt |", "|---|---|---|---|"]
-    for s in scales:
+    for s in sorted(scales, key=lambda scale: scale["reward"]):
         number = f"above {s['least']:.0f}" if s["scale"] is None else f"{s['scale']:.0f} (above {s['least']:.0f})"
         lines.append(f"| `{s['reward']}` | {s['trial']} | {number} | {s['cpu_seconds']:.2f} |")
     return "\n".join(lines)

@@ -45,6 +45,13 @@ def test_the_tables_of_the_road_are_what_its_json_gives(
     assert road.table(road.STUDIES[study], of_task) in results.with_suffix(".md").read_text()
 
 
+def test_the_table_of_noise_scales_is_what_its_json_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    study = importlib.import_module("noise_scale")
+    scales = json.loads((ROOT / "docs/results/noise_scale.json").read_text())
+    assert study.table(scales) in (ROOT / "docs/results/road_to_reward.md").read_text()
+
+
 def test_the_trials_have_the_settings_that_they_were_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     search = importlib.import_module("search")
