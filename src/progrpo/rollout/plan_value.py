@@ -87,7 +87,7 @@ class Simulation:
         return cls(torch.cat([seen, groups.rewards_PG[..., None]], dim=2))
 
     def of_batch(self, stds: Sequence[float], weights: Sequence[float] | None = None) -> Simulation:
-        """The same groups where advantages are divided by one std for all, with the std of each audit's rewards."""
+        """A simulation of these groups with advantages over one std for all; `stds` are of the audits' rewards."""
         of_P = _audit_of_each(weights or [1.0] * len(stds))
         return replace(self, std_P=torch.tensor(stds, dtype=torch.float64)[of_P])
 
