@@ -189,6 +189,11 @@ def _check_between_rooms(config: Config) -> None:
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
+    if plan.follows_audits and objective.advantage == "gdpo":
+        raise ValueError(
+            f"objective.advantage must be group or batch for {follower}, not gdpo: what a plan is worth is known for"
+            " advantages of the sum of rewards, and gdpo gives each reward its own std"
+        )
     keep_groups = resolve_plan(config).keep_groups
     if keep_groups is not None:
         _check_keep_groups(config, keep_groups)

@@ -16,6 +16,7 @@ from progrpo.config import (
     PlanSettings,
     PreviewSettings,
     SamplingSettings,
+    check,
     last_equal_step,
     prompt_cost,
 )
@@ -275,6 +276,36 @@ def test_a_baseline_of_the_full_group_has_no_verdict():
     for baseline in ("survivors", "group"):
         judge = judged(config(objective=ObjectiveSettings(baseline=baseline)), *[flat(0.7)] * 3)
         assert (judge.verdict(posthoc, OVF, NOWHERE) is None) == (baseline == "group")
+
+
+def test_one_std_for_all_groups_is_judged_by_the_spread_of_audits():
+    judge, group = (PlanJudge(config(objective=ObjectiveSettings(advantage=name))) for name in ("batch", "group"))
+    weights, finals = [0.5 ** (age / 2) for age in (2, 1, 0)], [FINAL, 5 * FINAL, VERDICTS]
+    for final in finals:
+        for one in (judge, group):
+            one.watch(flat(0.7), np.append(final, np.nan), COUNTED, SECONDS)
+    standard = [((final - final.mean()) / final.std()).tolist() for final in finals]
+    simulation = Simulation.of([0.7] * STEPS, standard, 24, weights).of_batch([f.std() for f in finals], weights)
+    flash, none = (simulation.signal(plan, OVF) for plan in (FLASH, Plan(24)))
+    seconds = [UNITS.seconds(prompt_cost(judge.config, plan)) for plan in (FLASH, Plan(24))]
+    value = verdict(judge, FLASH).decision.value
+    assert value == pytest.approx(flash / none / (seconds[0] / seconds[1]), rel=1e-9)
+    assert abs(value / verdict(group, FLASH).decision.value - 1) > 1e-3
+    resumed = PlanJudge(judge.config)
+    resumed.load_state_dict(judge.state_dict())
+    assert verdict(resumed, FLASH) == verdict(judge, FLASH)
+    older = judge.state_dict()
+    del older["stds"]
+    resumed.load_state_dict(older)
+    assert verdict(resumed, FLASH).decision.value > 0
+
+
+def test_a_std_for_each_reward_has_no_verdict_and_no_plan_that_needs_one():
+    gdpo = ObjectiveSettings(advantage="gdpo")
+    assert judged(config(objective=gdpo), *[flat(0.7)] * 3).verdict(FLASH, OVF, NOWHERE) is None
+    for asked, name in ((config(True, objective=gdpo), "plan.adaptive"), (config(start=AUTO, objective=gdpo), "auto")):
+        with pytest.raises(ValueError, match=f"objective.advantage must be group or batch for .*{name}, not gdpo"):
+            check(asked)
 
 
 def test_costs_of_a_prompt_are_the_plans_own():

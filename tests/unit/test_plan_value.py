@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
+from progrpo.objectives.advantage import advantages, group_statistics
 from progrpo.rollout.plan import Plan, PrunePoint, plans
 from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.settings import PlanSettings
@@ -320,3 +321,38 @@ def test_more_steps_are_not_more_plans(steps):
     for plan in searched:
         plan.validate(steps)
     assert len(list(PlanSettings(preset="auto").candidates(Plan(24), steps))) <= 606
+
+
+# --- one std for all groups -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("keep", [8, 4])
+def test_the_signal_is_that_of_the_projects_advantages(batch, keep):
+    """Of scores rho z + e, for rewards s z, a gradient A score has the mean rho A z, and of e the variance A^2."""
+    verdicts = standard(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    finals, stds, weights = [normal_rewards(8), verdicts], [0.3, 2.0], [3.0, 1.0]
+    simulation = Simulation.of([0.5], finals, 8, weights)
+    z_PG = simulation.previews_PGT1[..., -1]
+    std_P = torch.tensor(stds, dtype=torch.float64)[(z_PG.max(1).values > 2).long()]
+    assert std_P.eq(2.0).double().mean() == 0.25  # as many groups as the second audit's weight
+    chosen_PK = OVF(z_PG, keep, torch.ones_like(z_PG, dtype=torch.bool), torch.arange(len(z_PG))).indices_PK
+    kept_PK = z_PG.gather(1, chosen_PK)
+    rewards_N = (std_P[:, None] * kept_PK).flatten()
+    group_N = torch.arange(len(z_PG)).repeat_interleave(keep)
+    statistics = group_statistics(rewards_N, group_N, len(z_PG))
+    std = rewards_N.std(correction=0) if batch else None
+    A_N, _ = advantages(rewards_N, group_N, statistics, std=std, eps=1e-12, clip_max=1e9)
+    expected = keep * (A_N * kept_PK.flatten()).mean() ** 2 / A_N.square().mean()
+    plan = Plan(8, final_keep=keep) if keep < 8 else Plan(8)
+    judged = simulation.of_batch(stds, weights) if batch else simulation
+    assert judged.signal(plan, OVF) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_std_for_groups_of_equal_spread_has_the_mean_variance():
+    simulation = Simulation.of([0.6], [normal_rewards(12)], 12)
+    plan = Plan(12, (PrunePoint(0, 6),))
+    members_PK = simulation._after(12, ((0, 6),), OVF)
+    v = simulation.previews_PGT1[..., -1].gather(1, members_PK).var(dim=1, correction=0).mean().item()
+    assert simulation.of_batch([0.7]).signal(plan, OVF) == pytest.approx(6 * v, rel=1e-9)
+    assert simulation.of_batch([0.7]).signal(Plan(12), OVF) == pytest.approx(12, rel=1e-6)

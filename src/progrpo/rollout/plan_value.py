@@ -5,8 +5,10 @@ rewards in units of the variance of all. So a plan gives a signal of k V per pro
 subset never has more signal than its group: pruning wins by saving seconds.
 
 Advantages are in units of their own group's std, so that every group that teaches has the same noise, and a signal in
-proportion to sqrt(V). V is then the squared mean of these roots. Prompts ask for different changes, and no number of
-members averages that out, so that the signal of a prompt is bounded (`of_prompt`).
+proportion to sqrt(V). V is then the squared mean of these roots. Advantages in units of one std for all groups leave a
+group whose rewards have std s a signal in proportion to s V and a noise of s^2 V / k (`Simulation.of_batch`). Prompts
+ask for different changes, and no number of members averages that out, so that the signal of a prompt is bounded
+(`of_prompt`).
 
 Audits measure how previews agree with final rewards, and how these are spread within a group. The groups in which plans
 are compared are simulated from both. Each has the final rewards of one audit, so that a verdict stays a verdict: of one
@@ -51,6 +53,8 @@ class Simulation:
     """
 
     previews_PGT1: Tensor
+    std_P: Tensor | None = None
+    """The std of each group's rewards where advantages are in units of one std for all; None where of their own."""
     _living: dict[tuple[int, tuple[tuple[int, int], ...]], Tensor] = field(default_factory=dict)
     """The members of a group left after some points, by their places: plans share their beginnings."""
 
@@ -82,6 +86,11 @@ class Simulation:
         seen = groups.by_rank(torch.where(times > 0, walk, blind)[..., :-1])
         return cls(torch.cat([seen, groups.rewards_PG[..., None]], dim=2))
 
+    def of_batch(self, stds: Sequence[float], weights: Sequence[float] | None = None) -> Simulation:
+        """A simulation of these groups with advantages over one std for all; `stds` are of the audits' rewards."""
+        of_P = _audit_of_each(weights or [1.0] * len(stds))
+        return replace(self, std_P=torch.tensor(stds, dtype=torch.float64)[of_P])
+
     def signal(self, plan: Plan, selector: Selector) -> float:  # one selector a simulation
         """The signal k V of the plan: SNR^2 per prompt, to which each member of a full group adds nearly 1."""
         points = [(point.step, point.keep) for point in plan.active_points()]
@@ -89,8 +98,13 @@ class Simulation:
             points.append((-1, plan.final_keep))
         members_PK = self._after(plan.group_size, tuple(points), selector)
         std_P = self._scores(members_PK, -1).std(dim=1, correction=0)
-        teaching = int((std_P > _EQUAL).sum())  # a group whose rewards are equal adds neither signal nor noise
-        value: float = members_PK.shape[1] * std_P.sum().item() ** 2 / (len(std_P) * max(1, teaching))
+        std_P = std_P.where(std_P > _EQUAL, 0.0)  # a group whose rewards are equal adds neither signal nor noise
+        if self.std_P is None:
+            signal_P, noise_P = std_P, (std_P > 0).double()
+        else:
+            signal_P, noise_P = self.std_P * std_P.square(), (self.std_P * std_P).square()
+        noise = noise_P.mean().item()
+        value = members_PK.shape[1] * signal_P.mean().item() ** 2 / noise if noise else 0.0
         return round(value, 9)  # sums go by how memory lies, and must not make two equal runs differ
 
     def _after(self, group_size: int, points: tuple[tuple[int, int], ...], selector: Selector) -> Tensor:

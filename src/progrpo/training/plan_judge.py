@@ -39,6 +39,7 @@ class JudgeState(TypedDict):
     units: dict[str, float] | None
     agreement: list[list[float]]
     finals: NotRequired[list[list[float]]]
+    stds: NotRequired[list[float]]
 
 
 class PlanState(TypedDict):
@@ -77,8 +78,9 @@ class PlanJudge:
     """A memory of audits and, from the first verdict on, of the costs then: later timings change no decision.
 
     Of each audit it holds the agreement of previews by step, and the final rewards in units of their standard
-    deviation. An audit whose final rewards are all equal is not remembered: a group of this kind teaches under no plan.
-    `recorded` costs, which an earlier part of the run has written down, take the place of measured ones.
+    deviation, with that deviation. An audit whose final rewards are all equal is not remembered: a group of this kind
+    teaches under no plan. `recorded` costs, which an earlier part of the run has written down, take the place of
+    measured ones.
     """
 
     def __init__(self, config: Config) -> None:
@@ -87,6 +89,7 @@ class PlanJudge:
         self.recorded: UnitCosts | None = None
         self._agreement: list[list[float]] = []
         self._finals: list[list[float]] = []
+        self._stds: list[float] = []
 
     def watch(
         self, agreement_T: Sequence[float | None], final_G: np.ndarray, counted: Cost, seconds: Mapping[str, float]
@@ -100,7 +103,9 @@ class PlanJudge:
         if standard_G is None:
             return
         self._agreement = [*self._agreement, [value or 0.0 for value in agreement_T]][-_REMEMBERED:]
-        self._finals = [*self._finals, standard_G[~np.isnan(standard_G)].tolist()][-_REMEMBERED:]
+        present_G = ~np.isnan(standard_G)
+        self._finals = [*self._finals, standard_G[present_G].tolist()][-_REMEMBERED:]
+        self._stds = [*self._stds, float(final_G[present_G].std())][-_REMEMBERED:]
         if self.units is None and len(self._finals) >= _AUDITS:
             self.units = self.recorded or unit_costs(counted, seconds)
 
@@ -115,13 +120,15 @@ class PlanJudge:
         """The judgement of a plan, None before enough audits; a probe ranks at the `probed_steps`.
 
         None also where whole groups stop: an audit has one, and does not say how groups differ. None as well where
-        advantages are taken over the full group, since the signal is that of the survivors' own std.
+        advantages are taken over the full group, or each reward has its own std (gdpo): V is that of survivors, in the
+        sum of rewards.
 
         `noise_scale` is that of gradients under this plan, in prompts; None, where it is not known, is a large one.
         `own_direction` is the noise of prompts' own directions over that of their members under this plan, 0 where it
         is not known. Neither is of use where the plan is expected to teach nothing.
         """
-        if plan.keep_groups is not None or self.config.objective.baseline == "group":
+        objective = self.config.objective
+        if plan.keep_groups is not None or objective.baseline == "group" or objective.advantage == "gdpo":
             return None
         if self.units is None or len(self._finals) < _AUDITS:
             return None
@@ -184,14 +191,17 @@ class PlanJudge:
         """Groups like those of the audits, the newer ones more than the older."""
         weights = [0.5 ** (age / _HALF_LIFE) for age in reversed(range(len(self._finals)))]
         agreement_T = np.average(self._agreement, axis=0, weights=weights).tolist()
-        return Simulation.of(agreement_T, self._finals, group_size, weights)
+        simulation = Simulation.of(agreement_T, self._finals, group_size, weights)
+        has_one_std = self.config.objective.advantage == "batch"
+        return simulation.of_batch(self._stds, weights) if has_one_std else simulation
 
     def state_dict(self) -> JudgeState:
         units = None if self.units is None else asdict(self.units)
-        return {"units": units, "agreement": self._agreement, "finals": self._finals}
+        return {"units": units, "agreement": self._agreement, "finals": self._finals, "stds": self._stds}
 
     def load_state_dict(self, state: JudgeState) -> None:
         self.units = None if state["units"] is None else UnitCosts(**state["units"])
         self._finals = [list(audit) for audit in state.get("finals", [])]
+        self._stds = list(state.get("stds", [1.0] * len(self._finals)))
         # an older progrpo remembered no final rewards: without them an agreement is of no use
         self._agreement = [list(audit) for audit in state["agreement"]] if self._finals else []
