@@ -180,11 +180,18 @@ def of_task(
 ) -> list[dict[str, Any]]:
     """The results of a model and a reward. What measures it is `reward` in each point of their curves.
 
-    A `measure` is another field of these points, in place of the reward.
+    A `measure` is another field of these points, in place of the reward. `work` is the share of an arm's work, of which
+    all arms have as much.
     """
     measure = measure or MEASURES.get(reward, "graded")
     return [
-        {**entry, "curve": [{**point, "reward": point[measure]} for point in entry["curve"]]}
+        {
+            **entry,
+            "curve": [
+                {**point, "reward": point[measure], "work": point["iterations"] / entry["curve"][-1]["iterations"]}
+                for point in entry["curve"]
+            ],
+        }
         for entry in results
         if (entry["model"], entry["reward"]) == (model, reward)
     ]
@@ -213,11 +220,11 @@ def mean_curve(curves: Sequence[Sequence[dict[str, Any]]], unit: str = "cpu_seco
     return [{name: mean(p[name] for p in points) for name in ("reward", unit)} for points in zip(*curves, strict=False)]
 
 
-def speed(ours: Sequence[Any], theirs: Sequence[Any], share: float) -> float | None:
-    """The core seconds in which their mean curve gains a share of its final gain, over those in which ours does."""
-    own, other = mean_curve(ours), mean_curve(theirs)
-    base, final = other[0]["reward"], smoothed([point["reward"] for point in other])[-1]
-    times = [reached_at(curve, base + share * (final - base), "cpu_seconds") for curve in (other, own)]
+def speed(ours: Sequence[Any], theirs: Sequence[Any], share: float, unit: str) -> float | None:
+    """The units in which their mean curve gains a share of its final gain, over those in which ours does."""
+    own, other = mean_curve(ours, unit), mean_curve(theirs, unit)
+    level = _levels([other], [share])[0]
+    times = [reached_at(curve, level, unit) for curve in (other, own)]
     return None if times[0] is None or times[1] is None else times[0] / times[1]
 
 
@@ -233,18 +240,26 @@ def comparison(results: Sequence[dict[str, Any]], arm: str, other: str) -> str:
     differences = [first[seed][-1]["reward"] - second[seed][-1]["reward"] for seed in seeds]
     error = stdev(differences) / len(seeds) ** 0.5
     lines = [f"{arm} over {other}: {mean(differences):+.3f} ± {error:.3f} at equal work ({len(seeds)} seeds)"]
+    pairs = [(first[seed], second[seed]) for seed in seeds]
     for share in (0.5, 0.75, 1.0):
-        of_all, *without_one = (
-            speed([first[s] for s in seeds if s != out], [second[s] for s in seeds if s != out], share)
-            for out in (None, *seeds)
+        in_seconds, in_work = (_speed_and_error(pairs, share, unit) for unit in ("cpu_seconds", "work"))
+        lines.append(
+            f"to {share:.0%} of the latter's gain: {in_seconds} times as fast by core seconds, {in_work} by work"
         )
-        known = [value for value in without_one if value is not None]
-        if of_all is None or len(known) < len(seeds):
-            lines.append(f"to {share:.0%} of the latter's gain: not reached without one of the seeds")
-        else:
-            spread = (len(known) - 1) * stdev(known) / len(known) ** 0.5
-            lines.append(f"to {share:.0%} of the latter's gain: {of_all:.2f} ± {spread:.2f} times as fast")
     return "\n".join(lines)
+
+
+def _speed_and_error(pairs: Sequence[tuple[Any, Any]], share: float, unit: str) -> str:
+    """The speed over all seeds' pairs of curves with its standard error; "-" where one seed less does not get there."""
+    speeds = []
+    for out in (None, *range(len(pairs))):
+        kept = [pair for place, pair in enumerate(pairs) if place != out]
+        speeds.append(speed([ours for ours, _ in kept], [theirs for _, theirs in kept], share, unit))
+    of_all, *without_one = speeds
+    known = [value for value in without_one if value is not None]
+    if of_all is None or len(known) < len(pairs):
+        return "-"
+    return f"{of_all:.2f} ± {(len(known) - 1) * stdev(known) / len(known) ** 0.5:.2f}"
 
 
 def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
