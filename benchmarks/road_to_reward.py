@@ -321,7 +321,7 @@ def _times(
         reached = [reached_at(curve, level, unit) for curve in curves]
         there = [value / of for value in reached if value is not None]
         of_all = "" if len(there) == len(reached) else f" ({len(there)})"
-        digits = 1 if there and mean(there) < 10 else 0
+        digits = 1 if there and mean(there) < 4.95 else 0
         times.append(f"{mean(there):.{digits}f}{of_all}" if there else "-")
     return " / ".join(times)
 

@@ -176,7 +176,7 @@ def test_the_road_says_what_an_arm_spends_to_the_gain_of_another(monkeypatch):
     header, _, row = road.arrivals(results, ["dgpo, plain 6"], "first 3, plain 24").splitlines()
     assert header.startswith("| to 25 / 50 / 75 / 100 % of +0.075 |")
     arm, seconds, calls, items, work = (cell.strip() for cell in row.strip("|").split("|"))
-    assert (arm, seconds, calls) == ("dgpo, plain 6", "9.4 / 19 / 28 / 38", "0.9 / 1.9 / 2.8 / 3.8")
+    assert (arm, seconds, calls) == ("dgpo, plain 6", "9 / 19 / 28 / 38", "0.9 / 1.9 / 2.8 / 3.8")
     assert items == "0.5 / 0.9 / 1.4 / 1.9"
     # six prompts of six members: six calls, and two draws of a forward and a backward pass with two more
     assert work == " / ".join(

@@ -64,6 +64,18 @@ def test_the_tables_beside_the_map_are_what_their_json_gives(monkeypatch: pytest
         assert f"<!-- {mark}:begin -->\n\n{table}\n\n<!-- {mark}:end -->" in page, mark
 
 
+def test_the_road_to_plain_grpos_gain_is_what_its_json_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    road = importlib.import_module("road_to_reward")
+    page = (ROOT / "docs/results/road_to_reward.md").read_text()
+    header, _, *rows = page[page.index("| to 25 / 50 / 75 / 100 %") :].split("\n\n")[0].splitlines()
+    arms = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    results = road.of_task(
+        json.loads((ROOT / "docs/results/road_to_reward.json").read_text()), "shapes-flow", "shapes_match"
+    )
+    assert road.arrivals(results, arms, "first 3, plain 12").splitlines() == [header, _, *rows] and len(arms) > 8
+
+
 def test_the_table_of_noise_scales_is_what_its_json_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     study = importlib.import_module("noise_scale")
