@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -696,8 +697,14 @@ def previewed(network: ToyNetwork) -> Previews:
                 }
                 rows.append(row)
     spent = {name: milliseconds(network, name) for name in ("plain 24", "plain 12", "6 of 12 after 8")}
-    machine = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {"machine": machine.partition(": ")[2], "milliseconds": spent, "previews": rows}
+    return {"machine": _processor(), "milliseconds": spent, "previews": rows}
+
+
+def _processor() -> str:
+    """The name of the processor where Linux says it, or else its architecture."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def milliseconds(network: ToyNetwork, name: str, blocks: int = 5, iterations: int = 10) -> float:
