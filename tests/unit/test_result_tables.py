@@ -48,7 +48,7 @@ def test_the_tables_of_the_road_are_what_its_json_gives(
 def test_the_tables_beside_the_map_are_what_their_json_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)
-    study = importlib.import_module("when_pruning_pays")
+    study = importlib.import_module("pruning_page")
     monkeypatch.setattr(study.Map, "signal", lambda survey, cell: 1.0)  # predictions take a pretrained network
     survey = study.Map(study.Results(ROOT / "docs/results/when_pruning_pays.json"), study.ToyNetwork())
     page = (ROOT / "docs/results/when_pruning_pays.md").read_text()
