@@ -107,7 +107,6 @@ LORA: Changes = {"model": {"weights": "lora"}, "optim": {"lr": 3e-4}}
 GRPO_ARMS: dict[str, Changes] = {
     "plain 24": SHORT,
     "plain 12": changed(SHORT, {"plan": {"group_size": 12}}),
-    "plain 16": changed(SHORT, {"plan": {"group_size": 16}}),
     "posthoc 12 of 24": changed(SHORT, HALF),
     "12 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 12]]}}),
     "plain 6": changed(SHORT, SIX),
@@ -121,14 +120,17 @@ GRPO_ARMS: dict[str, Changes] = {
     "first 3, plain 24": FIRST_3,
     "first 3, 12 of 24 after 2": FIRST_3_PRUNED,
     "first 3, plain 12": changed(FIRST_3, {"plan": {"group_size": 12}}),
+    "first 3, plain 16": changed(FIRST_3, {"plan": {"group_size": 16}}),
     "first 3, plain 6": changed(FIRST_3, SIX),
     "first 3, 6 of 12 after 4": changed(FIRST_3, LATE),
+    "first 3, uniform 6 of 12 after 4": changed(FIRST_3, UNIFORM_LATE),
+    "first 3, posthoc 6 of 12": changed(FIRST_3, {"plan": {"group_size": 12, "final_keep": 6}}),
     "first 3, KL 0.04, plain 24": FIRST_3_HELD,
     "first 3, KL 0.04, 12 of 24 after 2": changed(FIRST_3_HELD, EARLY),
     "first 3, KL 0.04, plain 6": changed(FIRST_3_HELD, SIX),
     "first 3, KL 0.04, 6 of 12 after 4": changed(FIRST_3_HELD, LATE),
-    "first 3, LoRA, plain 24": changed(FIRST_3, LORA),
-    "first 3, LoRA, 12 of 24 after 2": changed(FIRST_3_PRUNED, LORA),
+    "first 3, LoRA, plain 12": changed(FIRST_3, changed(LORA, {"plan": {"group_size": 12}})),
+    "first 3, LoRA, 6 of 12 after 4": changed(FIRST_3, changed(LORA, LATE)),
 }
 
 
