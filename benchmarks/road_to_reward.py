@@ -16,7 +16,8 @@ picture and `--compare` have the rate with the most seeds, of equals the one tha
 `--lr` that rate.
 
 The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
-seconds of one core: the mean over the seeds that gain it. Curves are smoothed over three evaluations.
+seconds of one core: the mean over the seeds that gain it; where the reference has no runs, of the first arm that has.
+Curves are smoothed over three evaluations.
 `flipped_reward:FlippedStrict` is the strict verdict of which a fifth is wrong; its runs are measured by the right
 verdict.
 """
@@ -28,12 +29,13 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from curves import Curve, reached_at, smoothed
 from PIL import Image, ImageDraw, ImageFont
 from search import Changes, changed, config_of, run
 
@@ -162,21 +164,6 @@ def work_of(config: Config, decode: float) -> float:
     return config.prompts.per_iteration * calls
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Means of each value with its neighbours; the first one, before any training, stays as it is."""
-    return [*values[:1], *(mean(values[i - 1 : i + 2]) for i in range(1, len(values)))]
-
-
-def reached_at(curve: Sequence[dict[str, Any]], level: float, unit: str) -> float | None:
-    """The amount of `unit` at which the smoothed curve reaches a level, interpolated; None where it does not."""
-    values = smoothed([point["reward"] for point in curve])
-    for (a, low), (b, high) in pairwise(zip(curve, values, strict=True)):
-        if high >= level:
-            share = (level - low) / (high - low) if high > low else 1.0
-            return float(a[unit] + max(0.0, share) * (b[unit] - a[unit]))
-    return None
-
-
 def of_task(
     results: Sequence[dict[str, Any]], model: str, reward: str, measure: str | None = None
 ) -> list[dict[str, Any]]:
@@ -217,6 +204,11 @@ def curves_of(results: Sequence[dict[str, Any]], arm: str) -> dict[int, list[dic
     return max(curves_by_rate(results, arm).values(), key=standing, default={})
 
 
+def in_unit(curve: Iterable[Mapping[str, Any]], unit: str) -> Curve:
+    """The reward of a curve over what was spent in this unit."""
+    return [(point[unit], point["reward"]) for point in curve]
+
+
 def mean_curve(curves: Sequence[Sequence[dict[str, Any]]], unit: str = "cpu_seconds") -> list[dict[str, float]]:
     """The mean over curves of the reward and of a unit of work, point by point."""
     return [{name: mean(p[name] for p in points) for name in ("reward", unit)} for points in zip(*curves, strict=False)]
@@ -226,7 +218,7 @@ def speed(ours: Sequence[Any], theirs: Sequence[Any], share: float, unit: str) -
     """The units in which their mean curve gains a share of its final gain, over those in which ours does."""
     own, other = mean_curve(ours, unit), mean_curve(theirs, unit)
     level = _levels([other], [share])[0]
-    times = [reached_at(curve, level, unit) for curve in (other, own)]
+    times = [reached_at(in_unit(curve, unit), level) for curve in (other, own)]
     return None if times[0] is None or times[1] is None else times[0] / times[1]
 
 
@@ -265,8 +257,8 @@ def _speed_and_error(pairs: Sequence[tuple[Any, Any]], share: float, unit: str) 
 
 
 def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
-    """A row for each learning rate of each arm."""
-    reference = list(curves_of(results, study.reference).values())
+    """A row for each learning rate of each arm; levels are those of the first arm that has runs."""
+    reference = next(list(runs.values()) for arm in study.arms if (runs := curves_of(results, arm)))
     base, *levels = _levels(reference, (0.0, 0.5, 0.75, 1.0))
     lines = [
         "| arm | lr, 1e-5 | seeds | updates | reward | strict | judge | diversity | distance | gradient"
@@ -310,7 +302,7 @@ def arrivals(results: Sequence[dict[str, Any]], arms: Iterable[str], reference: 
 def _levels(curves: Sequence[Sequence[dict[str, Any]]], shares: Iterable[float]) -> list[float]:
     """The rewards at which curves have gained so much of what they gain in the end, by the means over them."""
     base = mean(curve[0]["reward"] for curve in curves)
-    final = mean(smoothed([point["reward"] for point in curve])[-1] for curve in curves)
+    final = mean(smoothed(list(enumerate(point["reward"] for point in curve)))[-1][1] for curve in curves)
     return [base + share * (final - base) for share in shares]
 
 
@@ -320,7 +312,7 @@ def _times(
     """The units to each level: the mean over the curves that reach it, and their number where it is not all."""
     times = []
     for level in levels:
-        reached = [reached_at(curve, level, unit) for curve in curves]
+        reached = [reached_at(in_unit(curve, unit), level) for curve in curves]
         there = [value / of for value in reached if value is not None]
         of_all = "" if len(there) == len(reached) else f" ({len(there)})"
         digits = 1 if there and mean(there) < 4.95 else 0
@@ -406,6 +398,9 @@ def main() -> None:
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     if arguments.table:
         results = of_task(results, arguments.model, arguments.reward, arguments.measure)
+        if not any(entry["arm"] in study.arms for entry in results):
+            at = f"the study {arguments.study} with {arguments.reward} on {arguments.model}"
+            parser.error(f"{arguments.out} has no run of {at}; without --table this command runs them")
         print(table(study, results))
         if arguments.arrivals:
             print(f"\n{arrivals(results, arguments.arms or study.arms, arguments.arrivals)}")

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from curves import reached_at
 from torch import Tensor
 from when_pruning_pays import (
     BUDGET,
@@ -45,7 +46,6 @@ from when_pruning_pays import (
     level_of,
     posthoc,
     pruned,
-    reached_at,
     signal,
     toy_batches,
 )

@@ -19,7 +19,6 @@ ratio: smaller groups are the honest rival. Finished runs in `--out` are kept, s
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
 import time
@@ -32,6 +31,7 @@ from statistics import mean
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
+from curves import reached_at
 
 from progrpo.config import (
     AuditSettings,
@@ -410,25 +410,7 @@ def _trainer(cell: Cell, lr: float, prompts: int, seed: int, policy: ToyPolicy) 
     return Trainer(config_of(cell, lr, prompts, seed), policy, mixture(cell.shape), order, Ranks())
 
 
-Curve = Sequence[tuple[float, float]]
-
-
 # --- the measure ------------------------------------------------------------------------------------------------------
-
-
-def smoothed(curve: Curve) -> list[tuple[float, float]]:
-    """The curve as means of three, so that a lucky evaluation does not count, and its first point as it is."""
-    values = [value for _, value in curve]
-    return [(at, mean(values[i - 1 : i + 2]) if i else values[0]) for i, (at, _) in enumerate(curve)]
-
-
-def reached_at(curve: Curve, level: float) -> float | None:
-    """The iterations, or the cost, until the smoothed curve reaches a level, interpolated; None where it does not."""
-    points = smoothed(curve)
-    for (a, low), (b, high) in itertools.pairwise(points):
-        if high >= level:
-            return a + (b - a) * min(1.0, max(0.0, (level - low) / (high - low) if high > low else 1.0))
-    return None
 
 
 def cost_to(entry: Run, level: float, ratio: float) -> float:

@@ -76,7 +76,7 @@ def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeypatch):
+def test_every_cell_of_the_map_can_be_run(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     survey = importlib.import_module("when_pruning_pays")
     for cell in (*survey.cells(), *survey.more_cells(), *survey.negative_cells()):
@@ -84,15 +84,17 @@ def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeyp
     cell = survey.Cell("grpo", survey.AUTO[4.0], "smooth")
     entry = survey.run(survey.pretrained(0), cell, 4e-3, 8, 0, goal=None)
     assert entry["spent"][-1] > entry["curve"][-1][0] * 8 and len(entry["plans"]) == len(entry["curve"])
-    line = [(10 * i, float(i)) for i in range(6)]
-    assert survey.reached_at(line, 2.5) == pytest.approx(25) and survey.reached_at(line, 9.0) is None
 
 
-def test_no_level_of_the_map_is_reached_before_training(monkeypatch):
+def test_an_arrival_is_interpolated_on_the_smoothed_curve_and_not_before_training(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    reached_at = importlib.import_module("when_pruning_pays").reached_at
+    curves = importlib.import_module("curves")
+    line = [(10 * i, float(i)) for i in range(6)]
+    assert curves.reached_at(line, 2.5) == pytest.approx(25) and curves.reached_at(line, 9.0) is None
     # the first point stays 0; the second is the mean of three
-    assert reached_at([(0, 0.0), (10, 8.0), (20, 8.0), (30, 8.0)], 2.0) == pytest.approx(10 * 2 / (16 / 3))
+    early = [(0, 0.0), (10, 8.0), (20, 8.0), (30, 8.0)]
+    assert curves.smoothed(early) == [(0, 0.0), (10, pytest.approx(16 / 3)), (20, 8.0), (30, 8.0)]
+    assert curves.reached_at(early, 2.0) == pytest.approx(10 * 2 / (16 / 3))
 
 
 def test_survivors_are_allotted_over_groups_as_brute_force_does(monkeypatch):
@@ -184,12 +186,26 @@ def test_the_road_says_what_an_arm_spends_to_the_gain_of_another(monkeypatch):
     )
 
 
-def test_a_level_is_not_reached_before_training(monkeypatch):
+def test_a_table_without_the_first_arm_refers_to_the_first_that_was_run(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     road = importlib.import_module("road_to_reward")
-    curve = [{"cpu_seconds": 30.0 * i, "reward": reward} for i, reward in enumerate((0.5, 0.6, 0.62, 0.63))]
-    assert road.smoothed([point["reward"] for point in curve]) == pytest.approx([0.5, 1.72 / 3, 1.85 / 3, 0.625])
-    assert road.reached_at(curve, 0.51, "cpu_seconds") == pytest.approx(30 * 0.01 / (1.72 / 3 - 0.5))
+    names = ("reward", "shapes_strict", "judge", "diversity")
+    curve = [{"cpu_seconds": 10.0 * i, "iterations": i, **dict.fromkeys(names, 0.01 * i)} for i in range(9)]
+    entry = {"arm": "first 3, plain 6", "lr": 5e-5, "seed": 0, "curve": curve}
+    base, row = road.table(road.STUDIES["grpo"], [entry]).splitlines()[2:]
+    assert base.startswith("| the base |") and row.startswith("| first 3, plain 6 | 5 | 1 | 8 | 0.080 |")
+    assert row.endswith("| 38 / 56 / 80 |")
+
+
+def test_a_table_of_nothing_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    road = importlib.import_module("road_to_reward")
+    monkeypatch.setattr("sys.argv", ["road_to_reward.py", "--table", "--out", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit):
+        road.main()
+    assert f"{tmp_path / 'none.json'} has no run of the study dgpo with shapes_match on shapes-flow" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_noise_scale_is_estimated_where_it_is_known(monkeypatch):

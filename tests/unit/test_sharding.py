@@ -64,7 +64,7 @@ def whole(counts: list[int]) -> Trajectories:
     return Trajectories(group, group, member, x, output_NCHW=-x, path=(step,))
 
 
-@pytest.mark.parametrize("counts", product((0, 1, 4, 9), repeat=3))
+@pytest.mark.parametrize("counts", list(product((0, 1, 4, 9), repeat=3)))
 def test_transfers_even_numbers_out_and_move_as_few_as_possible(counts):
     after, moved = list(counts), 0
     for giver, taker, count in transfers(counts):
