@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import mean
+from statistics import fmean
 
 Curve = Sequence[tuple[float, float]]
 """Points in their order: what was spent, in any unit, and the measure."""
@@ -16,7 +16,7 @@ def smoothed(curve: Curve) -> list[tuple[float, float]]:
     The first one, before any training, stays as it is.
     """
     values = [value for _, value in curve]
-    return [(at, mean(values[i - 1 : i + 2]) if i else values[0]) for i, (at, _) in enumerate(curve)]
+    return [(at, fmean(values[i - 1 : i + 2]) if i else values[0]) for i, (at, _) in enumerate(curve)]
 
 
 def reached_at(curve: Curve, level: float) -> float | None:

@@ -53,7 +53,11 @@ def test_the_tables_beside_the_map_are_what_their_json_gives(monkeypatch: pytest
     survey = study.Map(study.Results(ROOT / "docs/results/when_pruning_pays.json"), study.ToyNetwork())
     page = (ROOT / "docs/results/when_pruning_pays.md").read_text()
     assert f"{len(survey.results.runs):,} short runs" in page
+    previews = json.loads(study.PREVIEWS.read_text())
     tables = {
+        "prompts": study.prompts_table(survey.results),
+        "previews": study.previews_table(survey, previews),
+        "preview costs": study.preview_costs_table(survey),
         "norms": study.norms_table(survey),
         "groups": study.groups_table(survey),
         "gradients": study.gradients_table(json.loads(study.GRADIENTS.read_text())),
@@ -62,6 +66,22 @@ def test_the_tables_beside_the_map_are_what_their_json_gives(monkeypatch: pytest
     for mark, lines in tables.items():
         table = "\n".join(lines)
         assert f"<!-- {mark}:begin -->\n\n{table}\n\n<!-- {mark}:end -->" in page, mark
+    promises = {
+        "promise": study.promise_table(survey, json.loads(study.GRADIENTS.read_text()), previews),
+        "promises": study.promises_table(survey),
+    }
+    for mark, lines in promises.items():
+        part = page.split(f"<!-- {mark}:begin -->\n\n")[1].split("\n\n<!--")[0]
+        assert _measured(part.splitlines()) == _measured(lines), mark
+
+
+def _measured(table: list[str]) -> list[list[str]]:
+    """A table without its columns of predictions, which depend on a network that each machine pretrains."""
+    rows = [line.split("|")[1:-1] for line in table]
+    return [
+        [cell for cell, head in zip(row, rows[0], strict=True) if not head.endswith((" k V ", "promise "))]
+        for row in rows
+    ]
 
 
 def test_the_road_to_plain_grpos_gain_is_what_its_json_gives(monkeypatch: pytest.MonkeyPatch) -> None:
