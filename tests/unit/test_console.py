@@ -11,8 +11,10 @@ RECORD: Metrics = {
     "reward/mean": 0.5,
     "reward/strict": 0.25,
     "rollout/nfe": 4320,
-    "preview/rank_correlation@7": 0.91,
-    "preview/rank_correlation@5": 0.8,
+    "preview/variance@7": 1.41,
+    "preview/variance@5": 1.2,
+    "preview/variance_final@7": 1.7,
+    "preview/variance_final@5": 1.6,
 }
 SUMMARY: Summary = {
     "reward_before": 0.6,
@@ -38,7 +40,7 @@ def test_an_iteration_is_one_plain_line(capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == (
         "iteration  1/20  reward 0.500 (+0.000)  strict  25.0 %  4,320 NFE (25 % saved)  4.0 s/it  1 min 16 s left"
-        "  preview 0.80@5 0.91@7"
+        "  V 1.20 of 1.60@5, 1.41 of 1.70@7"
     )
     assert "iteration  2/20  reward 0.530 (+0.030)" in second
     assert "6.0 s/it  1 min 30 s left" in second  # 18 iterations of 5 s

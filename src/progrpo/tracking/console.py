@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 _RECENT = 5  # iterations that the remaining time is estimated from
-_PREVIEW = "preview/rank_correlation@"
+_KEPT, _KEPT_AT_MOST = "preview/variance@", "preview/variance_final@"
 
 
 class Console:
@@ -88,7 +88,7 @@ class Console:
         from rich.text import Text
 
         line = Text("  ").join(Text(field, style="bold" if i == 1 else "") for i, field in enumerate(fields))
-        line.highlight_regex(r"^iteration +\d+/\d+|NFE|s/it|left|strict|preview|(?<=  )eval", "dim")
+        line.highlight_regex(r"^iteration +\d+/\d+|NFE|s/it|left|strict|(?<=  )(?:V|eval)(?= )", "dim")
         line.highlight_regex(r"\(\+\d+\.\d+\)", "green")
         line.highlight_regex(r"\(-\d+\.\d+\)", "red")
         rich.print(line)
@@ -188,10 +188,13 @@ def _pairs(metrics: Mapping[str, MetricValue]) -> list[str]:
 
 
 def _previews(metrics: Mapping[str, MetricValue]) -> list[str]:
-    steps = sorted(int(name.removeprefix(_PREVIEW)) for name in metrics if name.startswith(_PREVIEW))
-    correlations = {step: metric(metrics, f"{_PREVIEW}{step}") for step in steps}
-    fields = [f"{number(value, 2)}@{step}" for step, value in correlations.items() if value is not None]
-    return ["preview " + " ".join(fields)] if fields else []
+    """V of the choice at each prune step, and V of the choice by final rewards."""
+    fields = []
+    for step in sorted(int(name.removeprefix(_KEPT)) for name in metrics if name.startswith(_KEPT)):
+        kept, at_most = (metric(metrics, f"{name}{step}") for name in (_KEPT, _KEPT_AT_MOST))
+        if kept is not None and at_most is not None:
+            fields.append(f"{number(kept, 2)} of {number(at_most, 2)}@{step}")
+    return ["V " + ", ".join(fields)] if fields else []
 
 
 def _evaluation(metrics: Mapping[str, MetricValue]) -> list[str]:
