@@ -19,6 +19,7 @@ from progrpo.config import (
     check,
     last_equal_step,
     prompt_cost,
+    stochastic_steps,
 )
 from progrpo.rollout import plan_value
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
@@ -441,6 +442,30 @@ def test_no_plan_is_taken_that_compares_equal_members(start):
     judgement = verdict(judged(asked, *[flat(0.97)] * 3, seconds=SAMPLING_IS_ALL), start.plan(STEPS))
     # without that the plan would prune after step 0, as above
     assert judgement.plan.prune[0].step == 5 == last_equal_step(asked) + 1
+
+
+@pytest.mark.parametrize("window", ["sliding", "random"])
+def test_calls_that_a_group_shares_are_priced_over_all_windows_of_the_run(window):
+    sampling = SamplingSettings(
+        num_inference_steps=STEPS,
+        same_latent=True,
+        sde_window=window,
+        sde_window_size=2,
+        sde_window_end=6,
+        sde_window_interval=2,
+    )
+    asked = config(sampling=sampling, iterations=8)  # sliding, two iterations each start at step 0, 1, 2 and 3
+    shared = [1 + stochastic_steps(asked, iteration).start for iteration in range(8)]
+    assert window == "random" or shared == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert len(set(shared)) > 1 and sum(shared) / 8 != shared[0]
+    decision = verdict(judged(asked, *[flat(0.7)] * 3), FLASH).decision
+    simulation = Simulation.of([0.7] * STEPS, [STANDARD] * 3, 24)
+    saved = 23 * sum(shared) / 8
+    flash = (24 * 6 + 16 * 2 + 12 * 2 - saved) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 2 * TRAIN
+    sampled, trained = (24 * 10 - saved) * CALL + 24 * FINISH, 24 * 2 * TRAIN
+    expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / (sampled + trained))
+    assert decision.value == pytest.approx(expected, rel=1e-12)
+    assert decision.training_ratio == pytest.approx(trained / sampled, rel=1e-12)
 
 
 def test_auto_prunes_nothing_where_previews_know_nothing_and_updates_are_cheap():

@@ -215,6 +215,25 @@ def test_agreements_are_forgotten_with_the_plan_that_they_are_of(tiny_trainer, t
     assert trainer.checks.state_dict()["agreements"] == []
 
 
+def test_a_plan_is_priced_with_the_groups_that_teach_nothing(tiny_trainer, tiny_config, redness):
+    """The unit costs of an iteration give its seconds back, though half of its trajectories are not trained on."""
+    teaching: list[str] = []
+
+    def reward(images, prompts):
+        reds = redness(images, prompts)
+        return [red if prompt in teaching else 0.5 for red, prompt in zip(reds, prompts, strict=True)]
+
+    trainer = tiny_trainer(tiny_config(audit=AuditSettings(every=1)), reward=reward)
+    teaching.append(trainer.order.prompts_for(0, 2)[0].text)  # the audited one
+    for _ in range(2):
+        trainer.plan_monitor.judge.watch([0.8] * 4, np.arange(4.0), Cost(), {})
+    record, predicted = trainer.step().record, trainer.totals.predicted
+    assert record["advantage/zero_variance_groups"] == 1
+    assert trainer.totals.counted.trained_steps == predicted.trained_steps / 2
+    spent = sum(record[f"time/{stage}"] for stage in ("sample", "preview", "reward", "update"))
+    assert trainer.plan_monitor.judge.units.seconds(predicted) == pytest.approx(spent)
+
+
 @pytest.mark.parametrize(("step", "left"), [(2, 1), (1, 0)])
 def test_a_resumed_run_forgets_the_agreements_of_another_plan(tiny_config, step, left):
     def monitor_of(prune: tuple[int, int]) -> tuple[PlanMonitor, SelfChecks]:

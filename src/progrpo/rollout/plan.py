@@ -123,7 +123,8 @@ class Plan:
 class UnitCosts:
     """The seconds of one sample's network call, one preview, one finished picture, and one trained step.
 
-    A finished picture is decoded and rewarded.
+    A finished picture is decoded and rewarded. A trained step is one that a plan predicts: those of members without an
+    advantage, which are not computed, count too.
     """
 
     call: float
@@ -145,8 +146,8 @@ class UnitCosts:
 def unit_costs(counted: Cost, seconds: Mapping[str, float]) -> UnitCosts:
     """The unit costs of counted work whose stages took these seconds; both must hold a finished iteration.
 
-    Without previews, one is taken to cost as much as a finished picture. Scoring that `overlapped` the sampling of
-    others (`reward.waves`) cost no time.
+    Its trained steps are those that the plan predicted. Without previews, one is taken to cost as much as a finished
+    picture. Scoring that `overlapped` the sampling of others (`reward.waves`) cost no time.
     """
     waited = seconds["preview"] + seconds["reward"]
     own = max(0.0, 1 - seconds.get("overlapped", 0.0) / waited) if waited else 1.0

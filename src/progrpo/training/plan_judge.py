@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
-from progrpo.config import Config, compares_equal_members, prompt_cost
+from progrpo.config import Config, compares_equal_members, prompt_cost, shared_calls
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, point_steps, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.prune import Selector
@@ -90,6 +91,10 @@ class PlanJudge:
         self._agreement: list[list[float]] = []
         self._finals: list[list[float]] = []
         self._stds: list[float] = []
+        shared = {i: shared_calls(config, i) for i in range(config.iterations)}
+        first = {calls: i for i, calls in reversed(shared.items())}
+        self._shares = {first[calls]: n / len(shared) for calls, n in Counter(shared.values()).items()}
+        """An iteration of each number of network calls that a group shares, and the share of the run that has it."""
 
     def watch(
         self, agreement_T: Sequence[float | None], final_G: np.ndarray, counted: Cost, seconds: Mapping[str, float]
@@ -173,9 +178,14 @@ class PlanJudge:
     def _training_ratio(self, plain: Plan) -> float:
         """The seconds of training a member over those of sampling it unpruned."""
         assert self.units is not None
-        cost = prompt_cost(self.config, plain)
-        training = self.units.seconds(Cost(trained_steps=cost.trained_steps))
-        return training / self.units.seconds(replace(cost, trained_steps=0))
+        training = self.units.seconds(Cost(trained_steps=prompt_cost(self.config, plain).trained_steps))
+        return training / (self._seconds(plain) - training)
+
+    def _seconds(self, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> float:
+        """The seconds of a prompt under a plan, the mean over the run: its windows share different numbers of calls."""
+        assert self.units is not None
+        costs = {i: prompt_cost(self.config, plan, probed_steps, iteration=i) for i in self._shares}
+        return sum(share * self.units.seconds(costs[i]) for i, share in self._shares.items())
 
     def _progress_per_second(self, signal: float, plan: Plan, probed_steps: frozenset[int], noise: float) -> float:
         """The progress of a second under a plan with this signal per prompt, up to a factor.
@@ -183,9 +193,8 @@ class PlanJudge:
         An update of P prompts makes a progress in proportion to 1 / (1 + noise / (P signal)): the critical-batch law
         (arXiv 1812.06162), with the noise scale in units of signal.
         """
-        assert self.units is not None
-        seconds = self.units.seconds(prompt_cost(self.config, plan, probed_steps))
-        return signal / (1 + self.config.prompts.per_iteration * signal / noise) / seconds
+        progress = signal / (1 + self.config.prompts.per_iteration * signal / noise)
+        return progress / self._seconds(plan, probed_steps)
 
     def _simulation(self, group_size: int) -> Simulation:
         """Groups like those of the audits, the newer ones more than the older."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from progrpo.config import Config, resolve_plan
 from progrpo.rollout.plan import Plan, path
@@ -121,7 +121,9 @@ class PlanMonitor:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
-            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), totals.counted, totals.seconds)
+            # members without an advantage are not trained on: by the predicted steps, updates cost what they took
+            counted = replace(totals.counted, trained_steps=totals.predicted.trained_steps)
+            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), counted, totals.seconds)
             verdict = self.judge.verdict(
                 self.plan, self.selector, self.probed_steps, noise_scale.settled, noise_scale.own_direction
             )
