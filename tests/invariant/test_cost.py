@@ -16,7 +16,6 @@ from progrpo.config import (
     stochastic_steps,
 )
 from progrpo.rollout.plan import PRESETS, Plan
-from progrpo.training.summary import nfe_unpruned
 from progrpo.types import Cost
 
 STEPS = 4
@@ -82,7 +81,7 @@ def test_calls_that_equal_members_share_are_counted_once(tiny_trainer, tiny_conf
     assert len(set(starts)) > 1
     assert nfe == [2 * (3 * 5 - 2 * (start + (not reuse_rollout))) for start in starts]
     assert built.totals.counted == built.totals.predicted
-    assert nfe_unpruned(built) == 2 * 3 * 5
+    assert built.plan_monitor.nfe_unpruned == 2 * 3 * 5
     costs = plan_costs(config, built.plan)
     assert (costs["nfe_per_iteration"], costs["nfe_per_prompt"]) == (nfe[0], nfe[0] / 2)
     assert costs["nfe_saved"] == 1 - nfe[0] / 30 and costs["nfe_ratio_to_none"] == nfe[0] / (2 * 24 * 5)

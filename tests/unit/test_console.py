@@ -34,7 +34,8 @@ class Terminal(io.StringIO):
 
 
 def test_an_iteration_is_one_plain_line(capsys):
-    console = Console(iterations=20, nfe_unpruned=5760)
+    console = Console(iterations=20)
+    console.nfe_unpruned = 5760
     console.log(RECORD, 0)
     console.log({**RECORD, "iteration": 1, "reward/mean": 0.53, "seconds": 6.0, "eval/strict": 0.4}, 1)
     first, second = capsys.readouterr().out.splitlines()
@@ -112,7 +113,8 @@ def test_messages_are_printed_as_they_are(capsys, message):
 
 def test_a_terminal_gets_the_same_words():
     terminal = Terminal()
-    console = Console(iterations=20, nfe_unpruned=5760, file=terminal)
+    console = Console(iterations=20, file=terminal)
+    console.nfe_unpruned = 5760
     console.log(RECORD, 0)
     console.summary_table(SUMMARY, "runs/x/report.html")
     for words in ("0.500", "4,320", "62.5 %", "+12.5 points", "runs/x/report.html"):

@@ -240,6 +240,10 @@ def test_audits_without_an_agreement_are_not_counted():
     assert probe.agreement(0) == 0.75 and probe.agreement(1) is None
 
 
+def test_groups_whose_rewards_are_equal_take_no_trust_away():
+    assert watched(*[(0.75, 0.75)] * 3, *[(None, None)] * 6).trusted(0, 0.5)
+
+
 def test_trust_is_lost_when_the_agreement_falls():
     probe = watched(*[(0.9, 0.9)] * 20)
     assert probe.trusted(0, 0.5)

@@ -127,6 +127,13 @@ def test_the_noise_scale_is_drawn_beside_the_prompts_of_an_iteration(run):
     assert '"y": [70.5]' in text(run) and '"name": "prompts per iteration"' not in text(run)
 
 
+def test_the_agreement_is_of_the_previews_that_decide(run):
+    final = audit(0)["final"]
+    used = [list(final), [-value for value in final], list(final)]
+    run.write_audit({**audit(0), "used": used}, pictures(GROUP, STEPS + 1))
+    assert figure_of(text(run), "agreement-by-step")["data"][-1]["y"] == [1, -1, 1]
+
+
 def test_a_missing_sheet_is_said_and_no_more(run):
     finish(run, [True] * 2, [True] * 2)
     (run.path / "audit/0001.png").unlink()
@@ -138,7 +145,7 @@ def test_members_of_whom_none_has_a_reward_are_said(run):
         {**audit(0, final=(None, None, 0.5, 0.4)), "stopped_at": [None, None, 1, 1]}, pictures(GROUP, STEPS + 1)
     )
     page = text(run)
-    assert "The plan, on previews</b><span>no member has a reward</span>" in page and "nan" not in page
+    assert "Kept by the plan</b><span>no member has a reward</span>" in page and "nan" not in page
 
 
 def test_kinds_of_prompts_are_names_and_who_has_none_is_left_out(run):

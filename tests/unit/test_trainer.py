@@ -35,7 +35,7 @@ from progrpo.tracking.records import Summary
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.audit import GroupWatch
 from progrpo.training.distributed import Ranks
-from progrpo.training.errors import SelfCheckError
+from progrpo.training.errors import MissingScoresError, SelfCheckError
 from progrpo.training.noise_scale import NoiseScale
 from progrpo.training.plan_judge import Verdict
 from progrpo.training.plan_monitor import PlanMonitor
@@ -161,20 +161,30 @@ def test_watched_groups_are_seen_as_a_group_of_their_own_would_be(tiny_trainer, 
 def test_a_plan_below_plain_groups_is_warned_of_where_it_prunes(tiny_trainer, tiny_config, capsys, prune, warns):
     monitor = tiny_trainer(tiny_config(plan=PlanSettings("custom", group_size=4, prune=prune))).plan_monitor
     before, monitor.plan_value = monitor.standing, 0.9  # as after a verdict
-    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    monitor.announce_change(before, Console(7))
     assert ("is expected to bring 0.90 x" in capsys.readouterr().out) == warns
+
+
+def test_auto_does_not_advise_itself(tiny_config, capsys):
+    """It keeps a plan that is a little below plain groups: a change would gain less than 2 %."""
+    config = tiny_config(plan=PlanSettings("auto"), audit=AuditSettings(every=1))
+    monitor = PlanMonitor(config, Ranks(), SelfChecks(config.watch))
+    monitor.plan, monitor.plan_value = Plan(12, (PrunePoint(2, 6),)), 1.01
+    before, monitor.plan_value = monitor.standing, 0.99
+    monitor.announce_change(before, Console(7))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_plan_that_moves_its_steps_alone_is_announced(tiny_config, capsys):
     config = tiny_config(plan=PlanSettings("custom", group_size=4, prune=((1, 3),), adaptive=True))
     monitor = PlanMonitor(config, Ranks(), SelfChecks(config.watch))
     before = monitor.standing
-    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    monitor.announce_change(before, Console(7))
     assert capsys.readouterr().out == ""
     monitor.plan, monitor.plan_value = Plan(4, (PrunePoint(2, 3),)), 1.1
     decision = PlanDecision(0.95, [4, 3], [1], 1.1, [4, 3], [2], 2.0, None, None)
     monitor.verdict = Verdict(monitor.plan, decision, 1.0)
-    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    monitor.announce_change(before, Console(7))
     assert capsys.readouterr().out.startswith("plan: groups of 4 -> 3 (3 after step 2) from here on: 1.10 x")
 
 
@@ -183,9 +193,9 @@ def test_a_first_verdict_that_keeps_the_plan_is_announced_once(tiny_config, caps
     monitor = PlanMonitor(config, Ranks(), SelfChecks(config.watch))
     before, monitor.plan_value = monitor.standing, 1.0
     monitor.verdict = Verdict(monitor.plan, PlanDecision(1.0, [24], [], 1.0, [24], [], 0.5, None, None), 1.0)
-    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    monitor.announce_change(before, Console(7))
     assert capsys.readouterr().out.startswith("plan: groups of 24 (not pruned) as before: 1.00 x the expected progress")
-    monitor.announce_change(monitor.standing, Console(7, nfe_unpruned=1))
+    monitor.announce_change(monitor.standing, Console(7))
     assert capsys.readouterr().out == ""
 
 
@@ -248,6 +258,42 @@ def test_a_resumed_run_forgets_the_agreements_of_another_plan(tiny_config, step,
     assert len(checks.state_dict()["agreements"]) == left
 
 
+def test_what_pruning_saved_is_by_the_plan_of_each_iteration(tiny_trainer, tiny_config, tmp_path):
+    """Smaller groups that are not pruned save nothing."""
+    trainer, older = (tiny_trainer(tiny_config(plan=PLAIN)) for _ in range(2))
+    folder = RunFolder.create(tmp_path / "run")
+    trainer.step()
+    state = trainer.state_dict()
+    state["totals"].pop("unpruned", None)  # as an older progrpo saved it
+    older.load_state_dict(state)
+    for one in (trainer, older):
+        one.plan_monitor.plan = Plan(2)
+        one.step()
+        summary = summarize(one, folder, Progress("running", 1.0, None, []))
+        assert summary["nfe"] == 2 * 4 * (4 + 2) and summary["nfe_saved"] == 0
+
+
+def test_v_of_a_choice_is_of_as_many_as_the_plan_in_force_keeps(tiny_trainer, tiny_config, tmp_path):
+    trainer = tiny_trainer(tiny_config(plan=PLAIN, audit=AuditSettings(every=1)))
+    audit, folder = trainer.step().audit, RunFolder.create(tmp_path / "run")
+    folder.write_audit(audit.record(0), audit.pictures_GSHWC)
+    plans = {Plan(4, (PrunePoint(1, 2),)): ["1"], Plan(4, (PrunePoint(1, 3),)): [], Plan(3, (PrunePoint(1, 2),)): []}
+    for trainer.plan_monitor.plan, steps in plans.items():  # the audit, of a group of 4, kept half
+        summary = summarize(trainer, folder, Progress("running", 1.0, None, []))
+        assert list(summary["preview_variance"]) == steps and list(summary["preview_variance_by_step"]) == [*"0123"]
+
+
+def test_an_iteration_that_a_reward_ends_is_not_predicted(tiny_trainer, tiny_config):
+    """A summary of the run compares what was predicted with what was counted."""
+    answer: list[float | None] = [0.5]
+    trainer = tiny_trainer(tiny_config(), reward=lambda images, prompts: answer * len(images))
+    trainer.step()
+    answer[0] = None
+    with pytest.raises(MissingScoresError):
+        trainer.step()
+    assert trainer.totals.predicted.nfe == trainer.totals.counted.nfe == trainer.predicted().nfe
+
+
 def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_config, tmp_path, capsys):
     """Also after a resume, which comes to the same verdict."""
     config = tiny_config(plan=PlanSettings("auto"), audit=AuditSettings(every=3), iterations=7)
@@ -260,7 +306,7 @@ def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_co
     resumed.plan_monitor.judge.recorded = trainer.plan_monitor.judge.recorded
     before_it = trainer.plan_monitor.standing
     done.append(trainer.step())
-    trainer.plan_monitor.announce_change(before_it, Console(7, nfe_unpruned=1))
+    trainer.plan_monitor.announce_change(before_it, Console(7))
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("plan: groups of 24 -> 6 (6 by final rewards) from here on: ")
     assert "(1.00 x until here), since training a member takes" in said

@@ -42,6 +42,11 @@ def test_of_several_updates_an_iteration_each_counts():
         watch.check_updates(1, 2, 4)
 
 
+def test_of_an_iteration_with_more_than_twenty_updates_each_counts():
+    with pytest.raises(SelfCheckError, match="10 of the last 40"):
+        checks().check_updates(0, 10, 40)
+
+
 def test_it_can_be_turned_off():
     watch = checks(max_skipped=0.0, flat_iterations=0, still_iterations=0, lost_agreement=0.0)
     for iteration in range(30):

@@ -203,7 +203,12 @@ class Probe:
             average.copy_(buffer)
 
     def watch(self, agreement: Sequence[float | None]) -> None:
-        """Note how well it ranked a group that it had not learnt from: Spearman by step, None where there is none."""
+        """Note how well it ranked a group that it had not learnt from: Spearman by step, None where there is none.
+
+        A group that has none at any step, such as one whose rewards are all equal, says nothing and is not remembered.
+        """
+        if all(value is None for value in agreement):
+            return
         self._agreement = [*self._agreement, list(agreement)][-_REMEMBERED:]
 
     def agreement(self, step: int) -> float | None:

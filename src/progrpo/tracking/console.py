@@ -24,21 +24,21 @@ _KEPT, _KEPT_AT_MOST = "preview/variance@", "preview/variance_final@"
 class Console:
     """A tracker that prints the progress of a run. Text that cannot be printed is dropped: the run folder has it.
 
-    `nfe_unpruned` is the NFE of an iteration without pruning and shared calls, for the share that is saved.
     `history` has the records of a resumed run, oldest first. `enabled` is False in all processes but the main one.
     """
 
     def __init__(
         self,
         iterations: int,
-        nfe_unpruned: int | None = None,
         history: Sequence[Metrics] = (),
         enabled: bool = True,
         file: TextIO | None = None,
     ) -> None:
         self.enabled = enabled
         self._file = tolerant(file or sys.stdout)
-        self._progress = _Progress(iterations, nfe_unpruned)
+        self.nfe_unpruned: int | None = None
+        """The NFE of the iteration without pruning and shared calls, for the share that is saved."""
+        self._progress = _Progress(iterations)
         self._rich = self._open_rich() if enabled and self._file.isatty() else None
         for record in history:
             self._progress.remember(record)
@@ -69,7 +69,7 @@ class Console:
     def log(self, metrics: Mapping[str, MetricValue], step: int) -> None:
         """Print one line on iteration `step`."""
         self._progress.remember(metrics)
-        fields = self._progress.fields(metrics, step)
+        fields = self._progress.fields(metrics, step, self.nfe_unpruned)
         if self._rich is None:
             self._print("  ".join(fields))
         else:
@@ -131,9 +131,8 @@ class Console:
 class _Progress:
     """The fields of an iteration's line, from its metrics and those of earlier iterations."""
 
-    def __init__(self, iterations: int, nfe_unpruned: int | None) -> None:
+    def __init__(self, iterations: int) -> None:
         self._iterations = iterations
-        self._nfe_unpruned = nfe_unpruned
         self._first_reward: float | None = None
         self._seconds: deque[float] = deque(maxlen=_RECENT)
 
@@ -144,9 +143,9 @@ class _Progress:
         if seconds is not None:
             self._seconds.append(seconds)
 
-    def fields(self, metrics: Mapping[str, MetricValue], step: int) -> list[str]:
+    def fields(self, metrics: Mapping[str, MetricValue], step: int, nfe_unpruned: int | None) -> list[str]:
         recorded = metric(metrics, "rollout/nfe") == 0
-        sampled = [] if recorded else [self._reward(metrics), *_strict(metrics), self._nfe(metrics)]
+        sampled = [] if recorded else [self._reward(metrics), *_strict(metrics), _nfe(metrics, nfe_unpruned)]
         fields = [self._number(step), *sampled, *_pairs(metrics), *self._time(step)]
         return [*fields, *_previews(metrics), *_evaluation(metrics)]
 
@@ -159,12 +158,6 @@ class _Progress:
             return f"reward {MISSING}"
         return f"reward {number(reward)} ({signed(reward - self._first_reward)})"
 
-    def _nfe(self, metrics: Mapping[str, MetricValue]) -> str:
-        nfe = metric(metrics, "rollout/nfe")
-        if nfe is None or not self._nfe_unpruned:
-            return f"{count(nfe)} NFE"
-        return f"{count(nfe)} NFE ({percent(1 - nfe / self._nfe_unpruned, 0)} saved)"
-
     def _time(self, step: int) -> list[str]:
         if not self._seconds:
             return []
@@ -174,6 +167,13 @@ class _Progress:
             left = remaining * sum(self._seconds) / len(self._seconds)
             fields.append(f"{duration(left)} left")
         return fields
+
+
+def _nfe(metrics: Mapping[str, MetricValue], nfe_unpruned: int | None) -> str:
+    nfe = metric(metrics, "rollout/nfe")
+    if nfe is None or not nfe_unpruned:
+        return f"{count(nfe)} NFE"
+    return f"{count(nfe)} NFE ({percent(1 - nfe / nfe_unpruned, 0)} saved)"
 
 
 def _strict(metrics: Mapping[str, MetricValue]) -> list[str]:

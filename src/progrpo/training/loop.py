@@ -73,7 +73,6 @@ class TrainingLoop:
         """The time at which the run would have begun, had all of its attempts followed on each other."""
         self._console = Console(
             self._config.iterations,
-            nfe_unpruned=summary.nfe_unpruned(run.trainer),
             history=run.folder.metrics.read(),
             enabled=run.ranks.is_main,
         )
@@ -146,6 +145,7 @@ class TrainingLoop:
         """Make one iteration, evaluate it if that is due, and record what it left."""
         plan_monitor = self._trainer.plan_monitor
         plan_before = plan_monitor.standing
+        self._console.nfe_unpruned = plan_monitor.nfe_unpruned
         done = self._step()
         self._keep_microbatches()
         iterations = self._trainer.iteration

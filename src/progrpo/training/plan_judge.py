@@ -34,6 +34,13 @@ def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = fr
     return prompt_cost(config, plan, probed_steps, config.prompts.per_iteration, iteration)
 
 
+def nfe_of_full_groups(config: Config, group_size: int) -> int:
+    """The NFE of an iteration with groups of so many members, each of which makes every network call."""
+    sampling = config.sampling
+    per_member = sampling.num_inference_steps * (2 if sampling.in_pairs else 1)
+    return config.prompts.per_iteration * group_size * per_member
+
+
 class JudgeState(TypedDict):
     """The state of a judge in a checkpoint: the unit costs, None before a verdict, and what the last audits found."""
 

@@ -12,7 +12,7 @@ from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
 from progrpo.training.distributed import Ranks
 from progrpo.training.noise_scale import NoiseScale
-from progrpo.training.plan_judge import PlanJudge, Verdict, iteration_cost, plan_from, plan_state
+from progrpo.training.plan_judge import PlanJudge, Verdict, iteration_cost, nfe_of_full_groups, plan_from, plan_state
 from progrpo.training.state import PlanMonitorState
 from progrpo.training.totals import Totals
 from progrpo.training.watch import SelfChecks
@@ -59,6 +59,11 @@ class PlanMonitor:
     def predicted(self, iteration: int) -> Cost:
         """The cost that the plan in force predicts for a zero-based iteration, over all processes, without audits."""
         return iteration_cost(self._config, self.plan, self.probed_steps, iteration)
+
+    @property
+    def nfe_unpruned(self) -> int:
+        """The NFE of an iteration in which the plan in force prunes nothing and no network call is shared."""
+        return 0 if self.plan.recorded else nfe_of_full_groups(self._config, self.plan.group_size)
 
     def is_audit_due(self, iteration: int) -> bool:
         """Whether this zero-based iteration has an audit: every n-th, and under `auto` each until the first verdict."""
@@ -144,10 +149,11 @@ class PlanMonitor:
         if value is None:
             return
         prunes = self.plan.survivors < self.plan.group_size
+        is_auto = self._config.plan.preset == "auto"  # it takes plain groups where they are worth a change
         if self._config.plan.follows_audits and (self.plan != before.plan or before.value is None):
             assert self.verdict is not None, "only a verdict decides"
             console.say(f"plan: {self.verdict.decision.sentence}")
-        elif prunes and value < 1 and (before.value is None or before.value >= 1):
+        elif prunes and not is_auto and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
                 f"the plan {' -> '.join(map(str, path(self.plan)))} is expected to bring {value:.2f} x the progress a"
                 " second of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or take"

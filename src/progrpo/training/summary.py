@@ -20,6 +20,7 @@ from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
 from progrpo.training import checkpoints
 from progrpo.training.evaluate import Evaluation
+from progrpo.training.plan_judge import nfe_of_full_groups
 from progrpo.training.trainer import Trainer
 
 
@@ -38,7 +39,7 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
     config, totals, iterations = trainer.config, trainer.totals, trainer.iteration
     plan = plan_costs(config, trainer.plan)
     none = preset("none", config.sampling.num_inference_steps)
-    unpruned = nfe_unpruned(trainer) * iterations
+    unpruned = totals.unpruned
     plain = nfe_of_full_groups(config, none.group_size) * iterations
     agreement: dict[int, float | None] = {}
     kept: dict[int, Choice] = {}
@@ -46,6 +47,8 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
         audits = folder.read_audits()
         agreement, kept = preview_agreement(audits), choices(audits)
     points = trainer.plan.active_points()
+    group_size = trainer.plan.group_size
+    at_points = {p.step: c for p in points if (c := kept.get(p.step)) and (c.members, c.keep) == (group_size, p.keep)}
     return {
         "recipe": config.recipe,
         "seed": config.seed,
@@ -59,7 +62,7 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
         "nfe_ratio_to_none": totals.counted.nfe / plain if plain else plan["nfe_ratio_to_none"],
         "preview_rank_correlation": {str(point.step): agreement.get(point.step) for point in points},
         "preview_rank_correlation_by_step": {str(step): value for step, value in agreement.items()},
-        "preview_variance": {str(point.step): kept[point.step].variance for point in points if point.step in kept},
+        "preview_variance": {str(step): choice.variance for step, choice in at_points.items()},
         "preview_variance_by_step": {str(step): choice.variance for step, choice in kept.items()},
         "preview_variance_final_by_step": {str(step): choice.variance_final for step, choice in kept.items()},
         "cost": {
@@ -128,18 +131,6 @@ def selected_on(config: Config) -> str:
         return "expected sum of rewards, whose noise is known"
     gdpo = config.objective.advantage == "gdpo"
     return "sum of rewards normalised in their group" if gdpo else "weighted sum of rewards"
-
-
-def nfe_unpruned(trainer: Trainer) -> int:
-    """NFE of an iteration in which no trajectory is pruned and no network call is shared."""
-    return 0 if trainer.plan.recorded else nfe_of_full_groups(trainer.config, trainer.plan.group_size)
-
-
-def nfe_of_full_groups(config: Config, group_size: int) -> int:
-    """NFE of an iteration with groups of so many members, each of which makes every network call."""
-    sampling = config.sampling
-    per_member = sampling.num_inference_steps * (2 if sampling.in_pairs else 1)
-    return config.prompts.per_iteration * group_size * per_member
 
 
 def measured_means(folder: RunFolder) -> MeasuredSummary:

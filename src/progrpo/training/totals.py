@@ -15,11 +15,12 @@ from progrpo.types import Cost
 
 
 class TotalsState(TypedDict):
-    """The totals in a checkpoint. Those of an older progrpo lack `lost` and `fault`."""
+    """The totals in a checkpoint. Those of an older progrpo lack `unpruned`, `lost` and `fault`."""
 
     counted: dict[str, int]
     predicted: dict[str, int]
     audited: dict[str, int]
+    unpruned: int
     seconds: dict[str, float]
     asked: dict[str, int]
     missing: dict[str, int]
@@ -36,6 +37,8 @@ class Totals:
     predicted: Cost = field(default_factory=Cost)
     """The sum of what the plan in force predicted for each iteration."""
     audited: Cost = field(default_factory=Cost)
+    unpruned: int = 0
+    """The NFE of these iterations, had their plans pruned nothing and no network call been shared."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by stage."""
     asked: dict[str, int] = field(default_factory=dict)
@@ -71,6 +74,7 @@ class Totals:
         self.counted = Cost(**state["counted"])
         self.predicted = Cost(**state["predicted"])
         self.audited = Cost(**state["audited"])
+        self.unpruned = state.get("unpruned", 0)
         self.seconds = dict(state["seconds"])
         self.asked = dict(state["asked"])
         self.missing = dict(state["missing"])

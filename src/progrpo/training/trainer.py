@@ -101,7 +101,6 @@ class Trainer:
         start = time.perf_counter()
         meter = Meter()
         audit_meter = Meter()
-        self.totals.predicted += self.predicted()
         batch = self._next_batch()
         sampling = self.sampler.sampling
         is_audited = self.plan_monitor.is_audit_due(batch.iteration)
@@ -166,6 +165,8 @@ class Trainer:
         """The metrics of an iteration that took so many seconds; its costs are added to the totals."""
         spent = summed_over(self.ranks, meter.cost)
         self.totals.counted += spent
+        self.totals.predicted += self.predicted()
+        self.totals.unpruned += self.plan_monitor.nfe_unpruned
         stages = {name: meter.seconds.get(name, 0.0) for name in _STAGES}
         in_stages = sum(stages.values())
         stages["other"] = max(0.0, seconds - in_stages)
@@ -203,6 +204,8 @@ class Trainer:
         self.checks.load_state_dict(state["checks"])
         self.plan_monitor.load_state_dict(state)  # forgets checks of another plan
         self.iteration = state["iteration"]
+        if "unpruned" not in state["totals"]:  # of an older progrpo
+            self.totals.unpruned = self.plan_monitor.nfe_unpruned * self.iteration
 
 
 def _add_seconds_since(start: float, record: Metrics, totals: Totals) -> None:

@@ -43,8 +43,8 @@ class SelfChecks:
 
     def check_updates(self, iteration: int, skipped: int, count: int) -> None:
         """SelfCheckError where too many recent updates were skipped: of this iteration's `count`, so many."""
-        self._skipped = [*self._skipped, *(i < skipped for i in range(count))][-_RECENT:]
-        share = sum(self._skipped) / max(len(self._skipped), count, 5)  # one of the first few is no rate
+        self._skipped = [*self._skipped, *(i < skipped for i in range(count))][-max(_RECENT, count) :]
+        share = sum(self._skipped) / max(len(self._skipped), 5)  # one of the first few is no rate
         if self._settings.max_skipped and share > self._settings.max_skipped:
             raise SelfCheckError(
                 f"iteration {iteration}: {sum(self._skipped)} of the last {len(self._skipped)} updates were skipped,"

@@ -56,7 +56,9 @@ def write(data: RunData) -> str:
 
 def _agreement(data: RunData) -> str:
     steps = data.audits[-1]["steps"]
-    rows = [[spearman(scores, audit["final"]) for scores in audit["scores"]] for audit in data.audits]
+    rows = [
+        [spearman(scores, audit["final"]) for scores in audit.get("used", audit["scores"])] for audit in data.audits
+    ]
     complete = [row for row in rows if None not in row and len(row) == len(steps)]
     if not complete:
         return note("No audit group has rewards that differ, so there is no rank correlation to show.")
@@ -141,7 +143,7 @@ def _kept(data: RunData) -> str:
         _Subset("Full group", GREY, [_present(rewards, range(len(rewards))) for _, rewards in groups]),
         _Subset("Uniform draw", GREY, [_present(rewards, audit["kept_uniform"]) for audit, rewards in groups]),
         _Subset("OVF, on final rewards", ACCENT, [_present(rewards, audit["kept_ovf"]) for audit, rewards in groups]),
-        _Subset("The plan, on previews", TEAL, [_present(rewards, _survivors(audit)) for audit, rewards in groups]),
+        _Subset("Kept by the plan", TEAL, [_present(rewards, _survivors(audit)) for audit, rewards in groups]),
     ]
     top = max(float(charts.histogram_shares(np.concatenate(subset.groups)).max()) for subset in subsets)
     cards = "".join(_histogram(subset, f"kept-{i}", top) for i, subset in enumerate(subsets))
