@@ -134,6 +134,14 @@ def test_the_agreement_is_of_the_previews_that_decide(run):
     assert figure_of(text(run), "agreement-by-step")["data"][-1]["y"] == [1, -1, 1]
 
 
+@pytest.mark.parametrize(("path", "verb"), [([4, 2], "keep"), ([4, 3], "would keep"), ([6, 2], "would keep")])
+def test_v_of_another_plan_than_the_audited_one_is_not_its_own(run, path, verb):
+    v = {"keep": [2] * STEPS, "variance": [1.0] * STEPS, "variance_final": [1.5] * STEPS}
+    run.write_audit({**audit(0), **v}, pictures(GROUP, STEPS + 1))
+    run.summary.write({"plan": {"path": path, "prune_steps": [1], "selector": "ovf", "num_inference_steps": STEPS}})
+    assert f"variance that 2 of 4 by previews of step 1 {verb};" in text(run)
+
+
 def test_a_missing_sheet_is_said_and_no_more(run):
     finish(run, [True] * 2, [True] * 2)
     (run.path / "audit/0001.png").unlink()

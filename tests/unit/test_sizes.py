@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,11 +29,12 @@ from progrpo.config import (
     RewardTerm,
     SamplingSettings,
     resolve_plan,
+    trained_steps,
 )
 from progrpo.policies.architectures import ARCHITECTURES
 from progrpo.policies.load import load_policy
 from progrpo.policies.settings import ModelSettings
-from progrpo.policies.sizes import _from_config, _measured, sizes
+from progrpo.policies.sizes import Sizes, _from_config, _measured, sizes
 from progrpo.recipes import load_recipe
 from progrpo.training.estimate import (
     _latents,
@@ -160,6 +161,43 @@ def test_latents_at_their_most_by_hand():
     latents = _latents(single, resolve_plan(single), True, 1)
     assert latents["call"] == 24 * (4 + 4 + 4 * 5 + 4 * 4)  # where it is is the path's end, and steps' means are kept
     assert latents["update"] == 6 * (4 + 4 * 10 + 4 * 9) * 1.5
+
+
+ONES = Sizes(*[1] * len(fields(Sizes)))
+
+
+def test_memory_is_enough_for_the_window_that_takes_most():
+    """A random window may lie late in the first iteration, where fewer members live."""
+
+    def peaks(window: Literal["first", "random"], seed: int) -> dict[str, float]:
+        base = load_recipe("smoke")
+        sampling = replace(base.sampling, num_inference_steps=8, sde_window=window, sde_window_size=2)
+        config = replace(
+            base,
+            seed=seed,
+            sampling=sampling,
+            plan=PlanSettings("custom", group_size=24, prune=((3, 6),)),
+            objective=ObjectiveSettings("grpo"),
+            optim=replace(base.optim, reuse_rollout=True),
+        )
+        starts.append(trained_steps(config, 0).start)
+        return _memory(config, resolve_plan(config), ONES, 1).peaks
+
+    starts: list[int] = []
+    first = peaks("first", 0)
+    assert all(peaks("random", seed) == first for seed in range(4)) and max(starts) > 3
+
+
+def test_members_that_processes_share_are_counted_once():
+    """A group of 24 over 4 processes is 6 trajectories on each."""
+    base = replace(
+        load_recipe("smoke"), plan=PlanSettings("custom", group_size=24), objective=ObjectiveSettings("grpo")
+    )
+    split = replace(base, prompts=replace(base.prompts, per_iteration=1, split_groups=True))
+    small = replace(split, plan=PlanSettings("custom", group_size=6))
+    shared, own = (_memory(c, resolve_plan(c), ONES, n).parts for c, n in ((split, 4), (small, 1)))
+    for part in ("latents while sampling", "latents in the update"):
+        assert shared[part] == own[part]
 
 
 @pytest.mark.slow

@@ -124,8 +124,10 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     copies = len(loss.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
     shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
     trained = _FLOAT * model.trained / (shared if config.model.weights == "full" else 1)
-    prompts = -(-config.prompts.per_iteration // processes)
-    per_number = _latents(config, plan, loss.stores == "means", prompts)
+    prompts, sharing = -(-config.prompts.per_iteration // processes), 1
+    if config.prompts.split_groups:
+        prompts, sharing = config.prompts.per_iteration, processes
+    per_number = _latents(config, plan, loss.stores == "means", prompts, sharing)
     latents = {name: model.latent * number for name, number in per_number.items()}
     always = {
         "frozen weights": model.frozen_bytes / shared,
@@ -168,13 +170,14 @@ def _in_gb(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value / _GB for name, value in values.items()}
 
 
-def _latents(config: Config, plan: Plan, means: bool, prompts: int) -> dict[str, float]:
+def _latents(config: Config, plan: Plan, means: bool, prompts: int, sharing: int = 1) -> dict[str, float]:
     """Bytes per number of a latent, for the trajectories of so many prompts at their peak, by the moment.
 
-    The moments are a network call, decoding, a step, and the update.
+    The moments are a network call, decoding, a step, and the update. The members of a group are dealt over `sharing`
+    processes.
     """
     steps = config.sampling.num_inference_steps
-    trained = trained_steps(config, 0)
+    trained = _first_window(config)
     kept = torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
 
     def own(step: int) -> int:
@@ -184,11 +187,12 @@ def _latents(config: Config, plan: Plan, means: bool, prompts: int) -> dict[str,
         return path + (0 if kept == _FLOAT and step - 1 in trained else _FLOAT)
 
     calls = []
-    finalists, survivors = plan.rows_at(steps, prompts), plan.trained(prompts)
+    rows = [-(-plan.rows_at(step, prompts) // sharing) for step in range(steps + 1)]
+    finalists, survivors = rows[steps], -(-plan.trained(prompts) // sharing)
     decodings = [own(steps) * finalists]
     moves = []
     for step in range(steps):
-        living, left = plan.rows_at(step, prompts), plan.rows_at(step + 1, prompts)
+        living, left = rows[step], rows[step + 1]
         calls.append(living * (own(step) + _FLOAT))
         moves.append(left * (own(step) + _STEP * _FLOAT))
         if plan.keep_after(step) is not None:
@@ -199,7 +203,7 @@ def _latents(config: Config, plan: Plan, means: bool, prompts: int) -> dict[str,
     updates = config.optim.updates_per_rollout
     share = 1 + (1 / updates if updates > 1 else 0)  # an update's own trajectories are taken from all
     update = survivors * own(steps) * share
-    begun = prompts * plan.group_size * _FLOAT  # the noise that all began at, which a rollout keeps to its end
+    begun = rows[0] * _FLOAT  # the noise that all began at, which a rollout keeps to its end
     return {
         "call": begun + max(calls),
         "decoding": begun + max(decodings),
@@ -208,9 +212,15 @@ def _latents(config: Config, plan: Plan, means: bool, prompts: int) -> dict[str,
     }
 
 
+def _first_window(config: Config) -> range:
+    """The trained steps where a window lies first: at its most members live, and paths are longest from then on."""
+    trained = trained_steps(config, 0)
+    return range(len(trained))
+
+
 def _graphs(config: Config, plan: Plan, prompts: int) -> int:
     """The rows of so many prompts whose graphs are kept until the update."""
-    return sum(plan.rows_at(step, prompts) for step in trained_steps(config, 0)) if config.optim.reuse_rollout else 0
+    return sum(plan.rows_at(step, prompts) for step in _first_window(config)) if config.optim.reuse_rollout else 0
 
 
 def _rewards(config: Config) -> list[RewardTerm]:
