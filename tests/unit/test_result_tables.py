@@ -27,21 +27,22 @@ def test_the_table_of_stale_sampling_is_what_its_json_gives(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("study", "reward"),
+    ("study", "reward", "model"),
     [
-        ("dgpo", "shapes_match"),
-        ("grpo", "shapes_match"),
-        ("dgpo", "shapes_strict"),
-        ("dgpo", "flipped_reward:FlippedStrict"),
+        ("dgpo", "shapes_match", "shapes-flow"),
+        ("grpo", "shapes_match", "shapes-flow"),
+        ("grpo", "shapes_match", "shapes-diffusion"),
+        ("dgpo", "shapes_strict", "shapes-flow"),
+        ("dgpo", "flipped_reward:FlippedStrict", "shapes-flow"),
     ],
 )
 def test_the_tables_of_the_road_are_what_its_json_gives(
-    monkeypatch: pytest.MonkeyPatch, study: str, reward: str
+    monkeypatch: pytest.MonkeyPatch, study: str, reward: str, model: str
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     road = importlib.import_module("road_to_reward")
     results = ROOT / "docs/results/road_to_reward.json"
-    of_task = road.of_task(json.loads(results.read_text()), "shapes-flow", reward)
+    of_task = road.of_task(json.loads(results.read_text()), model, reward)
     assert road.table(road.STUDIES[study], of_task) in results.with_suffix(".md").read_text()
 
 
