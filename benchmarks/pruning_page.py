@@ -85,7 +85,7 @@ def compared(rival: Sequence[float], own: Sequence[float]) -> tuple[float, float
     sides = np.asarray(rival), np.asarray(own)
 
     def drawn() -> float:
-        above, below = (side[generator.integers(0, len(side), len(side))].sum() / len(side) for side in sides)
+        above, below = (side[generator.integers(0, len(side), len(side))].mean() for side in sides)
         return float(above / below)
 
     draws = [drawn() for _ in range(1000)]

@@ -213,9 +213,8 @@ def _latents(config: Config, plan: Plan, means: bool, prompts: int, sharing: int
 
 
 def _first_window(config: Config) -> range:
-    """The trained steps where a window lies first: at its most members live, and paths are longest from then on."""
-    trained = trained_steps(config, 0)
-    return range(len(trained))
+    """The trained steps of a window that begins at step 0, where most members live and paths begin earliest."""
+    return range(len(trained_steps(config, 0)))
 
 
 def _graphs(config: Config, plan: Plan, prompts: int) -> int:

@@ -164,7 +164,7 @@ def _choice(data: RunData) -> str:
     )
     keeps = " and ".join(f"{choice.keep} of {choice.members}" for choice in of_each)
     when = "final rewards" if by_finals else f"previews of step {' and '.join(map(str, shown))}"
-    is_of_plan = all(choice.members == path[0] and choice.keep in path[1:] for choice in of_each) if path else False
+    is_of_plan = bool(path) and all(choice.members == path[0] and choice.keep in path[1:] for choice in of_each)
     verb = "keep" if is_of_plan else "would keep"  # the last decision may have changed the plan
     return _tile(_V, values, f"the rewards’ variance that {keeps} by {when} {verb}; 1 is a random choice")
 
