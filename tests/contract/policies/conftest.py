@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from progrpo.policies.base import Policy
+from tests.support.copies import Copies
 from tests.support.policies import CASES, Case, load, untouched_pipeline
 
 _LIKE_ANOTHER = ("sd-v-lora", "flux-schnell-lora")
@@ -32,10 +34,21 @@ def folder(case: Case, request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(case.model)
 
 
+@cache
+def _loaded(folder: Path, weights: str) -> Copies[Policy]:
+    """The policy of a folder, which is read once: a copy takes a part of the time."""
+    return Copies(load(folder, weights))
+
+
+@cache
+def _untouched(folder: Path) -> Copies[Any]:
+    return Copies(untouched_pipeline(folder))
+
+
 @pytest.fixture(scope="module")
 def policy(case: Case, folder: Path) -> Iterator[Policy]:
     """A policy for the tests of a file that change nothing in it."""
-    policy = load(folder, case.weights)
+    policy = _loaded(folder, case.weights).new()
     before = {name: weight.detach().clone() for name, weight in (*policy.trainable.items(), *policy.frozen())}
     yield policy
     for name, weight in (*policy.trainable.items(), *policy.frozen()):
@@ -45,10 +58,10 @@ def policy(case: Case, folder: Path) -> Iterator[Policy]:
 @pytest.fixture
 def own_policy(case: Case, folder: Path) -> Policy:
     """A policy for one test, which may train it, move its weights or release its text encoders."""
-    return load(folder, case.weights)
+    return _loaded(folder, case.weights).new()
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Any:
     """The untouched model, as a user of diffusers has it, for the tests of a file that change nothing in it."""
-    return untouched_pipeline(folder)
+    return _untouched(folder).new()
