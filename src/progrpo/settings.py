@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from progrpo.messages import is_one_line, named, nearest, quoted
@@ -86,6 +87,10 @@ class Values(dict[str, object]):
         return hash(self.to_text())
 
 
+field_types: Callable[[type], Mapping[str, Any]] = cache(get_type_hints)
+"""The type of each field of a class. It is kept, since Python compiles every annotation to know it."""
+
+
 # --- checking values --------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +121,7 @@ def check_kinds(kind: type, value: object, path: str = "config") -> None:
     """
     if not isinstance(value, kind):
         raise ValueError(f"{path} must be a progrpo.config.{kind.__name__}, not {quoted(value)}")
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in field_types(kind).items():
         own = f"{path}.{name}".removeprefix("config.")
         listed = next((item for item in get_args(hint) if isinstance(item, type) and is_dataclass(item)), None)
         if isinstance(hint, type) and is_dataclass(hint):
@@ -160,12 +165,13 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return data
 
 
-def field_paths(kind: type[DataclassInstance], prefix: str = "") -> list[str]:
+@cache
+def field_paths(kind: type[DataclassInstance], prefix: str = "") -> tuple[str, ...]:
     """The paths of all fields, as the command line and messages name them: `seed`, `sampling.noise_level`, ..."""
-    hints = get_type_hints(kind)
+    hints = field_types(kind)
     nested = [field_paths(hints[f.name], f"{prefix}{f.name}.") for f in fields(kind) if is_dataclass(hints[f.name])]
     own = [prefix + f.name for f in fields(kind) if not is_dataclass(hints[f.name])]
-    return own + [path for paths in nested for path in paths]
+    return (*own, *(path for paths in nested for path in paths))
 
 
 def read_settings(kind: type[T], data: object, prefix: str = "", options: Sequence[str] = ()) -> T:
@@ -178,7 +184,7 @@ def read_settings(kind: type[T], data: object, prefix: str = "", options: Sequen
         raise ValueError(
             f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
         )
-    all_hints = get_type_hints(kind)  # called once, since it compiles every annotation
+    all_hints = field_types(kind)
     own = fields(cast("type[DataclassInstance]", kind))
     hints = {f.name: all_hints[f.name] for f in own}
     for name in data:

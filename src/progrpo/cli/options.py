@@ -8,10 +8,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields
+from functools import cache
 from itertools import dropwhile, takewhile
 from operator import attrgetter, not_
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -19,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from progrpo.cli.command import Command, as_option
 from progrpo.config import Config, RewardTerm
 from progrpo.messages import named, nearest
-from progrpo.settings import Values, field_paths
+from progrpo.settings import Values, field_paths, field_types
 
 C = TypeVar("C", bound=Command)
 T = TypeVar("T")
@@ -155,10 +156,11 @@ def _option_pair(path: str) -> list[str]:
 
 def _flags(kind: type[Command]) -> set[str]:
     """The options that are true or false."""
-    own = {as_option(name) for name, hint in get_type_hints(kind).items() if hint is bool}
+    own = {as_option(name) for name, hint in field_types(kind).items() if hint is bool}
     return own | _config_flags() if _has_config(kind) else own
 
 
-def _config_flags() -> set[str]:
+@cache
+def _config_flags() -> frozenset[str]:
     default = Config()
-    return {as_option(path) for path in field_paths(Config) if isinstance(attrgetter(path)(default), bool)}
+    return frozenset(as_option(path) for path in field_paths(Config) if isinstance(attrgetter(path)(default), bool))
