@@ -290,6 +290,7 @@ def _check_keep_groups(config: Config, keep_groups: int) -> None:
             f" {keep_groups}; leave it out to stop no group"
         )
     conflicts = {
+        "plan.adaptive": (config.plan.adaptive, "plans are judged by one group"),
         "reward.waves above 1": (config.reward.waves > 1, "a wave has only a part of the groups"),
         "preview.probe": (config.preview.probe, "its scores compare the members of one group alone"),
         "objective.advantage gdpo": (

@@ -299,7 +299,9 @@ class DPOSettings(DrawnSettings):
     """Diffusion-DPO (arXiv 2311.12908), on pairs: groups of which two members survive, or the pairs of a file."""
 
     negative_weight: float = setting(1.0, Rule(lambda weight: weight == 1, "1, since a pair needs both of its members"))
-    final_negative_weight: float | None = setting(None, Rule(lambda weight: weight is None, "empty, likewise"))
+    final_negative_weight: float | None = setting(
+        None, Rule(lambda weight: weight is None, "empty, since a pair needs both of its members")
+    )
     beta: float = setting(1000.0, above(0))
     """The strength of the pull to the reference: how strongly the loss follows the margin between winner and loser.
     Published code halves the loss beforehand, so that its beta of 5000 for SDXL is 2500 here."""
@@ -322,7 +324,10 @@ class DPOSettings(DrawnSettings):
 class SFTSettings(DrawnSettings):
     """Supervised fine-tuning on chosen pictures: the control of preference optimisation."""
 
-    negative_weight: float = setting(0.0, Rule(lambda weight: weight == 0, "0: only chosen pictures are trained on"))
+    negative_weight: float = setting(0.0, Rule(lambda weight: weight == 0, "0, since only chosen pictures are trained on"))
+    final_negative_weight: float | None = setting(
+        None, Rule(lambda weight: weight is None, "empty, since only chosen pictures are trained on")
+    )
 
 
 @dataclass(frozen=True)
