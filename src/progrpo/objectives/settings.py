@@ -324,7 +324,9 @@ class DPOSettings(DrawnSettings):
 class SFTSettings(DrawnSettings):
     """Supervised fine-tuning on chosen pictures: the control of preference optimisation."""
 
-    negative_weight: float = setting(0.0, Rule(lambda weight: weight == 0, "0, since only chosen pictures are trained on"))
+    negative_weight: float = setting(
+        0.0, Rule(lambda weight: weight == 0, "0, since only chosen pictures are trained on")
+    )
     final_negative_weight: float | None = setting(
         None, Rule(lambda weight: weight is None, "empty, since only chosen pictures are trained on")
     )
