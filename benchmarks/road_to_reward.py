@@ -330,7 +330,10 @@ def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
     """The distance to the base at the end and the mean length of gradients, for the runs that measured them."""
     ends = [curve[-1]["kl"] for curve in curves if "kl" in curve[-1]]
     lengths = [point["grad_norm"] for curve in curves for point in curve[1:] if "grad_norm" in point]
-    return f"{mean(ends):.3f} | {mean(lengths):.3f}" if ends else "- | -"
+    if not ends:
+        return "- | -"
+    distance = mean(ends)
+    return f"{distance:.{1 if distance > 1 else 3}f} | {mean(lengths):.3f}"
 
 
 def picture(arms: Mapping[str, str], results: Sequence[dict[str, Any]], measure: str = "reward") -> Image.Image:
