@@ -343,7 +343,7 @@ class ObjectiveSettings:
     advantage: Literal["group", "batch", "gdpo"] = "group"
     """The std that advantages are divided by.
     `group`: that of the group's survivors (the paper's).
-    `batch`: that of the whole batch (flow_grpo's global_std).
+    `batch`: that of the whole batch (flow_grpo's global_std). Recorded pairs keep their own.
     `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
     reward drowns another."""
     baseline: Literal["survivors", "group"] = "survivors"

@@ -64,8 +64,12 @@ class AdvantageEstimator:
             members, taught = (
                 (finalist_scores, finalists) if self.objective.baseline == "group" else (scores, survivors)
             )
-            baseline_M = members.value_N[torch.isin(members.group_N, rewarded)]
-            advantages_N, known_N = self._advantages(scores, taught, baseline_M)
+            std = None
+            # what a vote's share means does not depend on other pairs
+            if self.objective.advantage == "batch" and rollout.weight_P is None:
+                of_taught_N = torch.isin(members.group_N, rewarded)
+                std = batch_mean_std(members.value_N[of_taught_N], self._add_up)[1]
+            advantages_N, known_N = self._advantages(scores, taught, std)
         tally = self._metrics(rollout, survivors, finalists)
         if self.sharding.rank == 0:  # what all of them know is counted once
             finished = finalist_scores.group_N.unique()
@@ -86,17 +90,13 @@ class AdvantageEstimator:
         )
         return experience.take(known_N[own].nonzero().flatten()), tally
 
-    def _advantages(self, scores: GroupScores, baseline: GroupStatistics, baseline_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages within groups, and whose rewards are known. The divisor may be the std of the whole batch.
-
-        `baseline_M` are the rewards that the `baseline` is taken over.
-        """
-        whole_batch = self.objective.advantage == "batch"
+    def _advantages(self, scores: GroupScores, baseline: GroupStatistics, std: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Advantages within groups, over their own std or the given one, and whose rewards are known."""
         return advantages(
             scores.value_N,
             scores.group_N,
             baseline,
-            std=batch_mean_std(baseline_M, self._add_up)[1] if whole_batch else None,
+            std=std,
             eps=self.objective.adv_eps,
             clip_max=self.clip_max,
         )
