@@ -368,6 +368,11 @@ def learning_rate(config: Config, iteration: int) -> float:
     return config.optim.learning_rate(iteration, config.iterations)
 
 
+def negative_weight(config: Config, iteration: int) -> float:
+    """The factor of negative advantages in a zero-based iteration."""
+    return config.objective.loss.negative_weight_at(iteration / max(1, config.iterations - 1))
+
+
 def trains_transitions(config: Config) -> bool:
     """Whether the objective trains stochastic steps, and not only final latents."""
     return config.objective.loss.trains_transitions
