@@ -114,13 +114,14 @@ GRPO_ARMS: dict[str, Changes] = {
     "plain 6": changed(SHORT, SIX),
     "6 of 12 after 4": changed(SHORT, LATE),
     "6 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 6]]}}),
-    "uniform 12 of 24 after 3": changed(SHORT, {"plan": {"prune": [[3, 12]], "selector": "uniform"}}),
     "plain 24, KL 0.04": changed(SHORT, {"objective": {"name": "grpo", "grpo": {"kl_beta": 0.04}}}),
     "plain 24, CPS": changed(SHORT, {"sampling": {"sampler": "cps"}}),
     "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
-    "standard, 48 -> 24 -> 12": changed(SHORT, {"plan": {"preset": "standard"}}),
     "first 3, plain 24": FIRST_3,
     "first 3, 12 of 24 after 2": FIRST_3_PRUNED,
+    "first 3, uniform 12 of 24 after 2": changed(FIRST_3_PRUNED, {"plan": {"selector": "uniform"}}),
+    "first 3, flash, 24 -> 16 -> 12": changed(FIRST_3, {"plan": {"preset": "flash"}}),
+    "first 3, standard, 48 -> 24 -> 12": changed(FIRST_3, {"plan": {"preset": "standard"}}),
     "first 3, plain 12": changed(FIRST_3, {"plan": {"group_size": 12}}),
     "first 3, plain 16": changed(FIRST_3, {"plan": {"group_size": 16}}),
     "first 3, plain 6": changed(FIRST_3, SIX),
@@ -329,7 +330,10 @@ def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
     """The distance to the base at the end and the mean length of gradients, for the runs that measured them."""
     ends = [curve[-1]["kl"] for curve in curves if "kl" in curve[-1]]
     lengths = [point["grad_norm"] for curve in curves for point in curve[1:] if "grad_norm" in point]
-    return f"{mean(ends):.3f} | {mean(lengths):.3f}" if ends else "- | -"
+    if not ends:
+        return "- | -"
+    distance = mean(ends)
+    return f"{distance:.{1 if distance > 1 else 3}f} | {mean(lengths):.3f}"
 
 
 def picture(arms: Mapping[str, str], results: Sequence[dict[str, Any]], measure: str = "reward") -> Image.Image:

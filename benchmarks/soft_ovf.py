@@ -187,8 +187,8 @@ class Estimator(AdvantageEstimator):
             experience = replace(experience, advantages_N=experience.advantages_N * weight_N.float())
         return experience, tally
 
-    def _advantages(self, scores: GroupScores, baseline: GroupStatistics) -> tuple[Tensor, Tensor]:
-        return super()._advantages(scores, self.statistics or baseline)
+    def _advantages(self, scores: GroupScores, baseline: GroupStatistics, std: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super()._advantages(scores, self.statistics or baseline, std)
 
 
 # --- noise that is known ----------------------------------------------------------------------------------------------

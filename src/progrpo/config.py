@@ -290,6 +290,7 @@ def _check_keep_groups(config: Config, keep_groups: int) -> None:
             f" {keep_groups}; leave it out to stop no group"
         )
     conflicts = {
+        "plan.adaptive": (config.plan.adaptive, "plans are judged by one group"),
         "reward.waves above 1": (config.reward.waves > 1, "a wave has only a part of the groups"),
         "preview.probe": (config.preview.probe, "its scores compare the members of one group alone"),
         "objective.advantage gdpo": (
@@ -365,6 +366,11 @@ def resolve_plan(config: Config) -> Plan:
 def learning_rate(config: Config, iteration: int) -> float:
     """The learning rate of a zero-based iteration."""
     return config.optim.learning_rate(iteration, config.iterations)
+
+
+def negative_weight(config: Config, iteration: int) -> float:
+    """The factor of negative advantages in a zero-based iteration."""
+    return config.objective.loss.negative_weight_at(iteration / max(1, config.iterations - 1))
 
 
 def trains_transitions(config: Config) -> bool:

@@ -271,6 +271,14 @@ def test_members_are_chosen_by_their_expected_rewards_where_the_noise_is_known()
         ranking(parts, group)
 
 
+def test_a_process_whose_groups_were_all_stopped_has_no_expected_rewards():
+    terms = (RewardTerm("a"), RewardTerm("noise", 0.0))
+    ranking = ranking_from(ObjectiveSettings(), RewardSettings(terms, noise="noise"))
+    assert ranking is not None
+    expected = ranking(torch.empty(0, 2, dtype=torch.float64), torch.empty(0, dtype=torch.int64))
+    assert expected.shape == (0,) and expected.dtype == torch.float64
+
+
 @pytest.mark.parametrize("noise", ["a", "other"])
 def test_noise_that_no_reward_of_weight_0_gives_is_refused(noise):
     reward = RewardSettings((RewardTerm("a"), RewardTerm("noise", 0.0)), noise=noise)

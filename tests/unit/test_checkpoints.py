@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from progrpo import storage
-from progrpo.config import CheckpointSettings, Config, ModelSettings, ObjectiveSettings, OptimSettings, SamplingSettings
+from progrpo.config import (
+    CheckpointSettings,
+    Config,
+    GRPOSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    SamplingSettings,
+)
 from progrpo.durable import DiskError
 from progrpo.storage import load_state, save_state
 from progrpo.training import checkpoints
@@ -242,6 +250,18 @@ def test_another_length_is_said_where_the_learning_rate_depends_on_it(run, decay
     assert len(warnings) == warned
     if warned:  # of 2 of 4 iterations left, and of 5 of 8
         assert "was after 4 and is after 8 iterations: it goes on with 0.000625 after 0.0005" in warnings[0]
+
+
+@pytest.mark.parametrize(("last", "iterations", "warned"), [(0.0, 9, 1), (0.0, 5, 0), (None, 9, 0), (1.0, 9, 0)])
+def test_another_length_is_said_where_the_weight_of_negative_advantages_depends_on_it(run, last, iterations, warned):
+    objective = ObjectiveSettings(grpo=GRPOSettings(negative_weight=1.0, final_negative_weight=last))
+    config, warnings = replace(CONFIG, iterations=5, objective=objective), list[str]()
+    save(run, state(3), config)
+    stored = load_state(run / "checkpoints" / "iteration_000003")
+    check_length(stored, replace(config, iterations=iterations), warnings.append)
+    assert len(warnings) == warned
+    if warned:  # after 2 of 4 changes, and of 3 of 8
+        assert "was after 5 and is after 9 iterations: it goes on with 0.625 after 0.5" in warnings[0]
 
 
 def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):

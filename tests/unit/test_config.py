@@ -45,6 +45,7 @@ EVERYTHING_SET = Config(
     plan=PlanSettings(preset="custom", group_size=8, prune=((3, 6), (5, 4)), final_keep=2),
     optim=OptimSettings(betas=(0.8, 0.9)),
 )
+STOPS_GROUPS = Plan(6, (PrunePoint(1, 4),), keep_groups=1)
 
 
 @pytest.mark.parametrize("config", [Config(), EVERYTHING_SET])
@@ -558,11 +559,23 @@ def test_the_learning_rate_rises_stays_and_falls():
             {"plan": {"preset": "auto", "keep_groups": 2}},
             "plan.keep_groups must be empty for plan.preset auto: plans are judged by one group",
         ),
+        (
+            {"plan": {"preset": f"{__name__}:STOPS_GROUPS", "adaptive": True}},
+            "plan.keep_groups must be empty for plan.adaptive: plans are judged by one group",
+        ),
         ({"plan": {"keep_groups": 2}, "reward": {"waves": 2}}, "plan.keep_groups must be empty for reward.waves"),
         ({"plan": {"keep_groups": 2}, "preview": {"probe": True}}, "plan.keep_groups must be empty for preview.probe"),
         (
             {"plan": {"keep_groups": 2}, "objective": {"advantage": "gdpo"}},
             "plan.keep_groups must be empty for objective.advantage gdpo",
+        ),
+        (
+            {"objective": {"name": "sft", "sft": {"final_negative_weight": 1.0}}},
+            "objective.sft.final_negative_weight must be empty, since only chosen pictures are trained on, not 1.0",
+        ),
+        (
+            {"objective": {"name": "dpo", "dpo": {"final_negative_weight": 0.5}}},
+            "objective.dpo.final_negative_weight must be empty, since a pair needs both of its members, not 0.5",
         ),
         (
             {"reward": {"noise": "nsfw"}, "objective": {"advantage": "gdpo"}},

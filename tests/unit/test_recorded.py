@@ -53,7 +53,8 @@ def test_a_pair_is_a_group_of_two_finished_trajectories(pairs_file, shapes_polic
     assert np.array_equal(rolled.pictures.images_NHWC[0].numpy(), np.asarray(first))
 
 
-def test_the_weight_of_a_pair_is_that_of_its_advantages(pairs_file, shapes_policy):
+@pytest.mark.parametrize("advantage", ["group", "batch"])
+def test_the_weight_of_a_pair_is_that_of_its_advantages(pairs_file, shapes_policy, advantage):
     from progrpo.config import ObjectiveSettings
     from progrpo.rollout.noise import NoiseKey
     from progrpo.rollout.sampling import ode
@@ -62,7 +63,7 @@ def test_the_weight_of_a_pair_is_that_of_its_advantages(pairs_file, shapes_polic
 
     prompts = [pair.as_prompt() for pair in read_pairs(pairs_file)]
     rolled = recorded_pairs(shapes_policy, prompts, torch.arange(len(prompts)))
-    estimator = AdvantageEstimator(ObjectiveSettings(adv_eps=1e-12), 5.0, {"shapes": 1.0}, Ranks())
+    estimator = AdvantageEstimator(ObjectiveSettings(advantage=advantage, adv_eps=1e-12), 5.0, {"shapes": 1.0}, Ranks())
     experience, tally = estimator.experience(rolled, ode(shapes_policy, 4, 1.0, 8), NoiseKey(0, 0))
     expected = [1, -1, -1, 1, 2, -2, 0, 0, 0.5, -0.5, -1, 1]
     assert experience.advantages_N.tolist() == pytest.approx(expected)

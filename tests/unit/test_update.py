@@ -105,6 +105,16 @@ def test_the_baseline_can_be_the_full_group_under_a_final_selection():
     assert seen["reward/std"] == 2 and seen["reward/group_std_full"] == pytest.approx(np.std(finalists))
 
 
+def test_the_batchs_std_is_over_the_members_of_the_baseline_in_groups_that_teach():
+    finalists, groups = [0.0, 4.0, 1.0, 3.0, 5.0, 9.0, 8.0, NAN, 70.0], [0] * 4 + [1] * 3 + [2] * 2
+    rollout = rolled([0.0, 4.0, 5.0, 9.0, NAN], [0, 0, 1, 1, 2], finalists, groups)
+    for baseline, members in (("survivors", [[0.0, 4.0], [5.0, 9.0]]), ("group", [finalists[:4], finalists[4:7]])):
+        experience, _ = learnt(rollout, advantage="batch", baseline=baseline, quorum=0.5)
+        means, std = np.repeat([np.mean(own) for own in members], 2), np.std(np.concatenate(members))
+        expected = (np.array([0.0, 4.0, 5.0, 9.0]) - means) / (std + EPS)
+        np.testing.assert_allclose(experience.advantages_N, expected, rtol=1e-6)
+
+
 def test_a_group_differs_where_the_members_of_its_baseline_do():
     """Ten of 24 pass, and the six that are kept pass all: against the full group they teach."""
     finalists, groups = [1.0] * 10 + [0.0] * 14, [0] * 24

@@ -299,7 +299,9 @@ class DPOSettings(DrawnSettings):
     """Diffusion-DPO (arXiv 2311.12908), on pairs: groups of which two members survive, or the pairs of a file."""
 
     negative_weight: float = setting(1.0, Rule(lambda weight: weight == 1, "1, since a pair needs both of its members"))
-    final_negative_weight: float | None = setting(None, Rule(lambda weight: weight is None, "empty, likewise"))
+    final_negative_weight: float | None = setting(
+        None, Rule(lambda weight: weight is None, "empty, since a pair needs both of its members")
+    )
     beta: float = setting(1000.0, above(0))
     """The strength of the pull to the reference: how strongly the loss follows the margin between winner and loser.
     Published code halves the loss beforehand, so that its beta of 5000 for SDXL is 2500 here."""
@@ -322,7 +324,12 @@ class DPOSettings(DrawnSettings):
 class SFTSettings(DrawnSettings):
     """Supervised fine-tuning on chosen pictures: the control of preference optimisation."""
 
-    negative_weight: float = setting(0.0, Rule(lambda weight: weight == 0, "0: only chosen pictures are trained on"))
+    negative_weight: float = setting(
+        0.0, Rule(lambda weight: weight == 0, "0, since only chosen pictures are trained on")
+    )
+    final_negative_weight: float | None = setting(
+        None, Rule(lambda weight: weight is None, "empty, since only chosen pictures are trained on")
+    )
 
 
 @dataclass(frozen=True)
@@ -336,7 +343,7 @@ class ObjectiveSettings:
     advantage: Literal["group", "batch", "gdpo"] = "group"
     """The std that advantages are divided by.
     `group`: that of the group's survivors (the paper's).
-    `batch`: that of the whole batch (flow_grpo's global_std).
+    `batch`: that of the whole batch (flow_grpo's global_std). Recorded pairs keep their own.
     `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
     reward drowns another."""
     baseline: Literal["survivors", "group"] = "survivors"

@@ -257,9 +257,8 @@ class PlanSettings:
         """Raise ValueError for fields that do not go together, or a selector that is no function."""
         if self.selector not in SELECTORS:
             self.load_selector()
-        if self.follows_audits and self.keep_groups is not None:
-            follower = "plan.adaptive" if self.adaptive else "plan.preset auto"
-            raise ValueError(f"plan.keep_groups must be empty for {follower}: plans are judged by one group")
+        if self.preset == "auto" and self.keep_groups is not None:
+            raise ValueError("plan.keep_groups must be empty for plan.preset auto: plans are judged by one group")
         if self.preset == "auto" and self.adaptive:
             raise ValueError("plan.adaptive must be false for plan.preset auto, which adapts by itself; leave it out")
         if self.preset != "custom" and self != PlanSettings(

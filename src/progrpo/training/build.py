@@ -154,7 +154,9 @@ def _expected(terms: Sequence[RewardTerm], noise: int, rewards_NR: Tensor, group
     if (variance_N < 0).any():
         lowest = variance_N.nan_to_num(0.0).min().item()
         raise Refusal(f"reward.noise must name a reward that gives variances, which are 0 or more, not {lowest:g}")
-    return posterior_means((rewards_NR * _weights(terms)).sum(1), variance_N, group_N, int(group_N.max()) + 1)
+    # under plan.keep_groups all groups of a process may have been stopped
+    num_groups = int(group_N.max()) + 1 if len(group_N) else 0
+    return posterior_means((rewards_NR * _weights(terms)).sum(1), variance_N, group_N, num_groups)
 
 
 def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from safetensors import SafetensorError
 
 from progrpo import __version__
-from progrpo.config import Config, RewardTerm, config_to_json, from_python, learning_rate, to_dict
+from progrpo.config import Config, RewardTerm, config_to_json, from_python, learning_rate, negative_weight, to_dict
 from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
 from progrpo.messages import quoted
 from progrpo.storage import disk_error, load_state, save_state
@@ -246,15 +246,25 @@ def check_versions(was: Mapping[str, str], config: Config, warn: Callable[[str],
 
 
 def check_length(state: State, config: Config, warn: Callable[[str], None]) -> None:
-    """Warn of another length of a run whose learning rate depends on it."""
+    """Warn of another length of a run whose learning rate or weight of negative advantages depends on it."""
     was = replace(config, iterations=state["config"]["iterations"])
     done: int = state["iteration"]
-    if config.optim.decay and was.iterations != config.iterations != done:
-        until, now = learning_rate(was, max(0, done - 1)), learning_rate(config, done)
+    if config.iterations in (was.iterations, done):
+        return
+    jumps: list[tuple[str, Callable[[Config, int], float]]] = []
+    if config.optim.decay:
+        falls = f"the learning rate falls towards the run's end (optim.decay {config.optim.decay:g})"
+        jumps.append((falls, learning_rate))
+    weight = config.objective.loss.final_negative_weight
+    if weight is not None and weight != config.objective.loss.negative_weight:
+        changes = f"the weight of negative advantages changes up to the run's end (final_negative_weight {weight:g})"
+        jumps.append((changes, negative_weight))
+    for what, value_at in jumps:
+        until, now = value_at(was, max(0, done - 1)), value_at(config, done)
         warn(
-            f"the learning rate falls towards the run's end (optim.decay {config.optim.decay:g}), which was after"
-            f" {was.iterations} and is after {config.iterations} iterations: it goes on with {now:.3g} after"
-            f" {until:.3g}, so the run is not what one of {config.iterations} iterations from the start would be"
+            f"{what}, which was after {was.iterations} and is after {config.iterations} iterations: it goes on with"
+            f" {now:.3g} after {until:.3g}, so the run is not what one of {config.iterations} iterations from the start"
+            " would be"
         )
 
 

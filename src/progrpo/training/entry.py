@@ -45,9 +45,9 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone. DiskError if the disk refuses.
 
-    With other `iterations`, go on as a run of so many, unless its learning rate depends on their number
-    (`optim.decay`). ValueError if the configuration, the prompts or the model were changed since, unless that is
-    accepted.
+    With other `iterations`, go on as a run of so many, unless its learning rate or its weight of negative advantages
+    depends on their number (`optim.decay`, `final_negative_weight`). ValueError if the configuration, the prompts or
+    the model were changed since, unless that is accepted.
     """
     config = load_recipe(str(folder))
     if is_of_python(folder):

@@ -57,16 +57,22 @@ class AdvantageEstimator:
         survivors = group_statistics(rewards_N, scores.group_N, num_groups)
         finalist_scores = GroupScores.cat(self.sharding.gather([rollout.finalists]))
         finalists = group_statistics(finalist_scores.value_N, finalist_scores.group_N, num_groups)
+        rewarded = scores.group_N[rewards_N.isfinite()].unique()
         if self.objective.advantage == "gdpo":
             advantages_N, known_N, taught = self._normalised_advantages(scores, num_groups)
         else:
-            baseline = {"survivors": survivors, "group": finalists}[self.objective.baseline]
-            advantages_N, known_N = self._advantages(scores, baseline)
-            taught = baseline
+            members, taught = (
+                (finalist_scores, finalists) if self.objective.baseline == "group" else (scores, survivors)
+            )
+            std = None
+            # what a vote's share means does not depend on other pairs
+            if self.objective.advantage == "batch" and rollout.weight_P is None:
+                of_taught_N = torch.isin(members.group_N, rewarded)
+                std = batch_mean_std(members.value_N[of_taught_N], self._add_up)[1]
+            advantages_N, known_N = self._advantages(scores, taught, std)
         tally = self._metrics(rollout, survivors, finalists)
         if self.sharding.rank == 0:  # what all of them know is counted once
             finished = finalist_scores.group_N.unique()
-            rewarded = scores.group_N[rewards_N.isfinite()].unique()
             tally.count("reward/skipped_groups", len(finished) - len(rewarded))
             tally.count("advantage/zero_variance_groups", len(finished) - int(taught.informative_P[rewarded].sum()))
             if len(finished) < num_groups:
@@ -84,14 +90,13 @@ class AdvantageEstimator:
         )
         return experience.take(known_N[own].nonzero().flatten()), tally
 
-    def _advantages(self, scores: GroupScores, baseline: GroupStatistics) -> tuple[Tensor, Tensor]:
-        """Advantages within groups, and whose rewards are known. The divisor may be the std of the whole batch."""
-        whole_batch = self.objective.advantage == "batch"
+    def _advantages(self, scores: GroupScores, baseline: GroupStatistics, std: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Advantages within groups, over their own std or the given one, and whose rewards are known."""
         return advantages(
             scores.value_N,
             scores.group_N,
             baseline,
-            std=batch_mean_std(scores.value_N, self._add_up)[1] if whole_batch else None,
+            std=std,
             eps=self.objective.adv_eps,
             clip_max=self.clip_max,
         )

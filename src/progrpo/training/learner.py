@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from progrpo.config import Config, learning_rate
+from progrpo.config import Config, learning_rate, negative_weight
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import all_gathered
@@ -82,7 +82,7 @@ class Learner:
 
     def learn(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, iteration: int) -> Updated:
         """Update the weights by the rollout of a zero-based iteration. SelfCheckError for a run that does not learn."""
-        weight = self.objective.settings.negative_weight_at(iteration / max(1, self._config.iterations - 1))
+        weight = negative_weight(self._config, iteration)
         experience, tally = self.estimator.experience(rolled, sampling, key, weight)
         for group in self.updater.optimizer.param_groups:
             group["lr"] = learning_rate(self._config, iteration)

@@ -84,7 +84,8 @@ class Recorder:
         if done.audit is not None:
             with self._notices.not_essential("writing an audit"):
                 self.folder.write_audit(done.audit.record(done.number), done.audit.pictures_GSHWC)
-        if with_samples:
+        # under plan.keep_groups all groups of this process may have been stopped
+        if with_samples and len(done.rollout.pictures.images_NHWC):
             with self._notices.not_essential("writing samples"):
                 grid = tile(done.rollout.pictures.images_NHWC[:_SAMPLES].numpy(), _SAMPLE_COLUMNS)
                 for tracker in self._all_trackers:

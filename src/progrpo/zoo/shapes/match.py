@@ -3,7 +3,8 @@
 The prompt's words say what each object should look like: its colour, its outline, its size and its place. The words of
 shape and colour name a direction each, and the colour's word a size, so different prompts want different layouts, and
 what was learnt of words holds for prompts that combine them anew. Nothing is counted: an object that fades, shrinks or
-melts into another loses its score bit by bit. Only where two regions touch does the score jump.
+melts into another loses its score bit by bit. The score jumps only where two regions touch, and where another region
+becomes the best one for an object: the share of the ink is then another region's.
 """
 
 from __future__ import annotations

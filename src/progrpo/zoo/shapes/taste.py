@@ -7,7 +7,7 @@ import numpy as np
 from progrpo.zoo.shapes.match import SIZE, inked, kept
 
 _LARGE = 500.0  # pixels of ink at which half of the agreement is reached
-_CENTRE_SPREAD = 12.0  # pixels from the picture's centre to that of the ink at which half of the agreement is left
+_CENTRE_SPREAD = 12.0  # pixels from the picture's centre to that of the ink that leave 1 / sqrt(2) of the agreement
 
 
 def taste(pictures_NHWC: np.ndarray) -> list[float]:
