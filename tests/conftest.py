@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ for _name in (
     *(name for name in os.environ if name.lower().endswith("_proxy")),
 ):
     os.environ.pop(_name, None)  # sentences name what lies before a server: here they are of no machine's own
+
+# without byte code each process that a test starts compiles the package, and each run of the tests all of them
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine threads wait for each other for seconds
 
