@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 if TYPE_CHECKING:  # the plan and the command line use these types without torch
@@ -44,6 +45,9 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
+_FOR_ALL, _ON_CPU = "for all", "on cpu"
+
+
 class Rows:
     """A dataclass whose fields hold one row per prompt, trajectory or picture.
 
@@ -51,8 +55,8 @@ class Rows:
     rows together, and fields marked `ON_CPU` never leave the CPU. A tensor that two fields share stays one tensor.
     """
 
-    FOR_ALL: ClassVar[Mapping[str, str]] = {"rows": "for all"}
-    ON_CPU: ClassVar[Mapping[str, str]] = {"rows": "on cpu"}
+    FOR_ALL: ClassVar[Mapping[str, str]] = {"rows": _FOR_ALL}
+    ON_CPU: ClassVar[Mapping[str, str]] = {"rows": _ON_CPU}
 
     def take(self, rows: Tensor | slice) -> Self:
         """The given rows, in that order."""
@@ -60,7 +64,7 @@ class Rows:
 
     def to(self, device: str | torch.device) -> Self:
         """Move the rows to a device."""
-        return _combined([self], _once(lambda tensors: tensors[0].to(device)), (self.FOR_ALL, self.ON_CPU))
+        return _combined([self], _once(lambda tensors: tensors[0].to(device)), (_FOR_ALL, _ON_CPU))
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
@@ -70,12 +74,12 @@ class Rows:
         return _combined(batches, _once(torch.cat))
 
 
-def _combined(batches: Sequence[T], change: _Change, unchanged: Sequence[Mapping[str, str]] = (Rows.FOR_ALL,)) -> T:
+def _combined(batches: Sequence[T], change: _Change, unchanged: tuple[str, ...] = (_FOR_ALL,)) -> T:
     """Several batches as one: `change` applied to the tensors of each field, without batches that lack the field."""
     present: list[Any] = [batch for batch in batches if batch is not None]
     first = next(iter(present), None)
     if isinstance(first, Rows):
-        names = [f.name for f in fields(cast(Any, first)) if f.metadata not in unchanged]
+        names = _changing(cast(type, type(first)), unchanged)
         changed = {name: _combined([getattr(batch, name) for batch in present], change, unchanged) for name in names}
         return cast(T, replace(cast(Any, first), **changed))
     if isinstance(first, tuple):
@@ -83,6 +87,12 @@ def _combined(batches: Sequence[T], change: _Change, unchanged: Sequence[Mapping
     if isinstance(first, Mapping):
         return cast(T, {name: _combined([batch[name] for batch in present], change, unchanged) for name in first})
     return cast(T, change(present) if present else None)
+
+
+@cache
+def _changing(kind: type, unchanged: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a class' fields whose rows are of none of these kinds."""
+    return tuple(f.name for f in fields(cast(Any, kind)) if f.metadata.get("rows") not in unchanged)
 
 
 def _once(change: _Change) -> _Change:
