@@ -134,7 +134,7 @@ def test_auto_is_the_familys_own_sampler(policy_of, family):
 @pytest.mark.parametrize("sampler", ["flow_grpo", "dance"])
 @pytest.mark.parametrize("family", DIFFUSION)
 def test_the_sdes_of_flow_models_are_refused_on_diffusion_models(policy_of, family, sampler):
-    message = f"^sampling.sampler: {sampler} is the SDE of flow models, and this is a diffusion model; use ddim or cps$"
+    message = f"^sampling.sampler: {sampler} is the SDE of flow models, .* a diffusion model; use ddim, cps or precise$"
     config, policy = configured(sampler=sampler), policy_of(family)
     with pytest.raises(ValueError, match=message):
         sampling_from(config, policy, "transitions", 0)

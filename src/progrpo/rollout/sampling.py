@@ -102,7 +102,8 @@ def stochastic_step(settings: SamplingSettings, policy: Policy) -> StochasticSte
     step = load_sampler(name)
     if step.flow_only and policy.prediction != "flow":
         raise ValueError(
-            f"sampling.sampler: {name} is the SDE of flow models, and this is a diffusion model; use ddim or cps"
+            f"sampling.sampler: {name} is the SDE of flow models, and this is a diffusion model; use ddim, cps or"
+            " precise"
         )
     return step
 
