@@ -263,7 +263,7 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     base, *levels = _levels(reference, (0.0, 0.5, 0.75, 1.0))
     lines = [
         "| arm | lr, 1e-5 | seeds | updates | reward | strict | judge | diversity | distance | gradient"
-        " | s to 50 / 75 / 100 % |",
+        " | s to 50/75/100 % |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         f"| the base | | | 0 | {base:.3f} | {_figures(reference, 0)} | | | |",
     ]
@@ -318,7 +318,7 @@ def _times(
         of_all = "" if len(there) == len(reached) else f" ({len(there)})"
         digits = 1 if there and mean(there) < 4.95 else 0
         times.append(f"{mean(there):.{digits}f}{of_all}" if there else "-")
-    return " / ".join(times)
+    return "/".join(times)
 
 
 def _figures(curves: Sequence[Sequence[dict[str, Any]]], at: int = -1) -> str:
@@ -333,7 +333,7 @@ def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
     if not ends:
         return "- | -"
     distance = mean(ends)
-    return f"{distance:.{1 if distance > 1 else 3}f} | {mean(lengths):.3f}"
+    return f"{distance:.{1 if distance > 1 else 2}f} | {mean(lengths):.3f}"
 
 
 def picture(arms: Mapping[str, str], results: Sequence[dict[str, Any]], measure: str = "reward") -> Image.Image:
