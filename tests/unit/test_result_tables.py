@@ -34,6 +34,8 @@ def test_the_table_of_stale_sampling_is_what_its_json_gives(monkeypatch: pytest.
         ("grpo", "shapes_match", "shapes-diffusion"),
         ("dgpo", "shapes_strict", "shapes-flow"),
         ("dgpo", "flipped_reward:FlippedStrict", "shapes-flow"),
+        ("grpo", "shapes_strict", "shapes-flow"),
+        ("grpo", "flipped_reward:FlippedStrict", "shapes-flow"),
     ],
 )
 def test_the_tables_of_the_road_are_what_its_json_gives(
