@@ -41,6 +41,7 @@ from search import Changes, changed, config_of, run
 
 from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.durable import write_text
+from progrpo.rollout.plan import Plan, PrunePoint
 
 TRAINED = 3.0  # network calls that a trained step takes: forward, and twice that backward
 PICTURES, EVALUATIONS = 256, 8
@@ -73,6 +74,9 @@ HALF: Changes = {"plan": {"group_size": GROUP, "final_keep": 12}}
 LATE: Changes = {"plan": {"group_size": 12, "prune": [[4, 6]]}}
 EARLY: Changes = {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}
 SIX: Changes = {"plan": {"group_size": 6}}
+AUTO: Changes = {"plan": {"preset": "auto", "group_size": GROUP}, "audit": {"every": 5}}
+AS_AUTO = Plan(GROUP, (PrunePoint(3, 6),))
+"""A plan of those that `auto` takes in six steps: the length of its arms is that of this plan."""
 UNIFORM_LATE = changed(LATE, {"plan": {"selector": "uniform"}})
 GROUP_STATISTICS: Changes = {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}}
 HELD = changed(DGPO, {"objective": {"dgpo": {"kl_beta": 0.01}}, "optim": {"lr": 2e-4}})
@@ -87,6 +91,7 @@ DGPO_ARMS: dict[str, Changes] = {
     "dgpo, KL 0.01, 6 of 12 after 4": changed(HELD, LATE),
     "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(HELD, UNIFORM_LATE),
     "dgpo, KL 0.01, plain 6": changed(HELD, SIX),
+    "dgpo, KL 0.01, auto": changed(HELD, AUTO),
     **{
         f"{name}, KL 0.01, 6 of 12 after 4": changed(
             changed(HELD, LATE), {"objective": {"name": name, name: {"draws": 2, "kl_beta": 0.01}}}
@@ -126,6 +131,7 @@ GRPO_ARMS: dict[str, Changes] = {
     "first 3, plain 16": changed(FIRST_3, {"plan": {"group_size": 16}}),
     "first 3, plain 6": changed(FIRST_3, SIX),
     "first 3, 6 of 12 after 4": changed(FIRST_3, LATE),
+    "first 3, auto": changed(FIRST_3, AUTO),
     "first 3, uniform 6 of 12 after 4": changed(FIRST_3, UNIFORM_LATE),
     "first 3, posthoc 6 of 12": changed(FIRST_3, {"plan": {"group_size": 12, "final_keep": 6}}),
     "first 3, KL 0.04, plain 24": FIRST_3_HELD,
@@ -158,7 +164,7 @@ STUDIES = {"dgpo": Study(DGPO_ARMS, 75, 0.0), "grpo": Study(GRPO_ARMS, 100, 1.0)
 
 def work_of(config: Config, decode: float) -> float:
     """The network calls of an iteration, with those of training, and decodes with rewards that cost so many each."""
-    plan = resolve_plan(config)
+    plan = AS_AUTO if config.plan.preset == "auto" else resolve_plan(config)
     cost = plan.predict(config.sampling.num_inference_steps, trained_items(config), config.sampling.in_pairs)
     extra = 1 + config.objective.loss.extra_forwards / TRAINED
     calls = cost.nfe + decode * cost.decodes + TRAINED * extra * cost.trained_steps

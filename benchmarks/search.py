@@ -244,9 +244,13 @@ def run(config: Config, seconds: float, every: float, pictures: int, by: str = "
             work = {"nfe": counted.nfe, "previews": counted.previews, "trained_steps": counted.trained_steps}
             at = {"seconds": round(spent, 1), "cpu_seconds": round(cpu, 1), "iterations": trainer.iteration}
             curve.append({**at, **work, **_rounded(figures)})
-            if config.plan.adaptive:
+            if config.plan.follows_audits:
                 plan = trainer.plan
-                curve[-1] |= {"prune": [[p.step, p.keep] for p in plan.prune], "final_keep": plan.final_keep}
+                curve[-1] |= {
+                    "group_size": plan.group_size,
+                    "prune": [[p.step, p.keep] for p in plan.prune],
+                    "final_keep": plan.final_keep,
+                }
             print("   ", curve[-1], flush=True)
             due = done + every
         if over:

@@ -181,9 +181,7 @@ def test_the_road_says_what_an_arm_spends_to_the_gain_of_another(monkeypatch):
     assert (arm, seconds, calls) == ("dgpo, plain 6", "9/19/28/38", "0.9/1.9/2.8/3.8")
     assert items == "0.5/0.9/1.4/1.9"
     # six prompts of six members: six calls, and two draws of a forward and a backward pass with two more
-    assert work == "/".join(
-        f"{share * 3.75 * 6 * 6 * (6 + 2 * (3 + 2)) / 1000:.1f}" for share in (0.25, 0.5, 0.75, 1)
-    )
+    assert work == "/".join(f"{share * 3.75 * 6 * 6 * (6 + 2 * (3 + 2)) / 1000:.1f}" for share in (0.25, 0.5, 0.75, 1))
 
 
 def test_a_table_without_the_first_arm_refers_to_the_first_that_was_run(monkeypatch):

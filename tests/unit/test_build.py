@@ -277,10 +277,3 @@ def test_a_process_whose_groups_were_all_stopped_has_no_expected_rewards():
     assert ranking is not None
     expected = ranking(torch.empty(0, 2, dtype=torch.float64), torch.empty(0, dtype=torch.int64))
     assert expected.shape == (0,) and expected.dtype == torch.float64
-
-
-@pytest.mark.parametrize("noise", ["a", "other"])
-def test_noise_that_no_reward_of_weight_0_gives_is_refused(noise):
-    reward = RewardSettings((RewardTerm("a"), RewardTerm("noise", 0.0)), noise=noise)
-    with pytest.raises(ValueError, match=f"reward.noise must name one of the rewards whose weight is 0, not .*{noise}"):
-        ranking_from(ObjectiveSettings(), reward)

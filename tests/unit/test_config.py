@@ -46,6 +46,7 @@ EVERYTHING_SET = Config(
     optim=OptimSettings(betas=(0.8, 0.9)),
 )
 STOPS_GROUPS = Plan(6, (PrunePoint(1, 4),), keep_groups=1)
+NOISY = {"terms": [{"name": "shapes"}, {"name": "nsfw", "weight": 0.0}], "noise": "nsfw"}
 
 
 @pytest.mark.parametrize("config", [Config(), EVERYTHING_SET])
@@ -578,11 +579,18 @@ def test_the_learning_rate_rises_stays_and_falls():
             "objective.dpo.final_negative_weight must be empty, since a pair needs both of its members, not 0.5",
         ),
         (
-            {"reward": {"noise": "nsfw"}, "objective": {"advantage": "gdpo"}},
+            {"reward": NOISY, "objective": {"advantage": "gdpo"}},
             "reward.noise must be empty for objective.advantage gdpo",
         ),
+        *(
+            (
+                {"reward": {**NOISY, "noise": name}},
+                f"reward.noise must name one of the rewards whose weight is 0, not {quoted}",
+            )
+            for name, quoted in (("shapes", "'shapes'"), ("other", "'other'"))
+        ),
         (
-            {"reward": {"noise": "nsfw"}, "prompts": {"split_groups": True}},
+            {"reward": NOISY, "prompts": {"split_groups": True}},
             "prompts.split_groups must be false for reward.noise",
         ),
         (

@@ -186,10 +186,15 @@ class RewardSettings:
     The variance without noise is estimated from the groups that are scored together: those of a process and a wave."""
 
     def check(self) -> None:
-        """Raise ValueError for terms that cannot be mixed."""
+        """Raise ValueError for terms that cannot be mixed, and for a noise that none of them gives."""
         check_terms("reward.terms", self.terms)
         if not any(term.weight for term in self.terms):
             raise ValueError("reward.terms: every weight is 0, so that nothing is rewarded; give one of them another")
+        if self.noise and self.noise not in (term.name for term in self.terms if not term.weight):
+            raise ValueError(
+                f"reward.noise must name one of the rewards whose weight is 0, not {quoted(self.noise)}; its score is"
+                " the variance of the noise of the others' sum"
+            )
 
 
 def check_terms(path: str, terms: Sequence[RewardTerm]) -> None:

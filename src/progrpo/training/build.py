@@ -23,7 +23,7 @@ from progrpo.config import (
     stochastic_steps,
     trained_steps,
 )
-from progrpo.messages import named, quoted
+from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum, posterior_means
 from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import Stored, load_objective
@@ -123,18 +123,9 @@ def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int
 
 
 def ranking_from(objective: ObjectiveSettings, reward: RewardSettings) -> Ranking | None:
-    """The function whose values selectors compare; None where they compare the weighted sum itself.
-
-    ValueError for a reward's noise that no term gives.
-    """
+    """The function whose values selectors compare; None where they compare the weighted sum itself."""
     if reward.noise:
-        place = next((r for r, t in enumerate(reward.terms) if t.name == reward.noise and t.weight == 0), None)
-        if place is None:
-            raise ValueError(
-                f"reward.noise must name one of the rewards whose weight is 0, not {quoted(reward.noise)}; its score is"
-                " the variance of the noise of the others' sum"
-            )
-        return partial(_expected, reward.terms, place)
+        return partial(_expected, reward.terms, [term.name for term in reward.terms].index(reward.noise))
     if objective.advantage != "gdpo":
         return None
 
