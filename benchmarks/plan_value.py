@@ -2,10 +2,10 @@
 
     python benchmarks/plan_value.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2]
         [--plans standard "24 -> 12 after 4"] [--num-inference-steps 8] [--guidance-scale 1] [--window 3]
-        [--ode-steps 1] [--members 48] [--objective dgpo] [--reward shapes_match] [--json [FILE]]
+        [--ode-steps 1] [--members 48] [--objective dgpo] [--reward shapes_match] [--lr 5e-5] [--json [FILE]]
 
 The policy is a recipe's after so many of its iterations; without `--recipe` it is GRPO with a LoRA on `shapes-flow`,
-unpruned. `--objective` and `--reward` put others in their places. Groups of `--members` then run to their end,
+unpruned. `--objective`, `--reward` and `--lr` put others in their places. Groups of `--members` then run to their end,
 previewed at every step, and each member's gradient is taken. From these follows the gradient of every plan on the same
 members: it keeps the members that the previews choose, and has advantages among its survivors, as a run has. The value
 of a gradient is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other prompts)
@@ -255,6 +255,8 @@ def config_for(options: argparse.Namespace) -> Config:
         config = replace(config, objective=replace(config.objective, name=options.objective))
     if options.reward:
         config = replace(config, reward=replace(config.reward, terms=(RewardTerm(options.reward),)))
+    if options.lr is not None:
+        config = replace(config, optim=replace(config.optim, lr=options.lr))
     check(config)
     return config
 
@@ -350,6 +352,7 @@ def main() -> None:
     )
     parser.add_argument("--objective", help="another than the recipe's or GRPO")
     parser.add_argument("--reward", help="another than the recipe's or the graded verifier")
+    parser.add_argument("--lr", type=float, help="another learning rate than the recipe's or the default")
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
     options = parser.parse_args()
     quiet()
