@@ -73,6 +73,8 @@ DGPO = changed(
 HALF: Changes = {"plan": {"group_size": GROUP, "final_keep": 12}}
 LATE: Changes = {"plan": {"group_size": 12, "prune": [[4, 6]]}}
 EARLY: Changes = {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}
+EARLY_SIX: Changes = {"plan": {"group_size": 12, "prune": [[2, 6]]}}
+EARLY_QUARTER: Changes = {"plan": {"group_size": GROUP, "prune": [[2, 6]]}}
 SIX: Changes = {"plan": {"group_size": 6}}
 AUTO: Changes = {"plan": {"preset": "auto", "group_size": GROUP}, "audit": {"every": 5}}
 AS_AUTO = Plan(GROUP, (PrunePoint(3, 6),))
@@ -88,6 +90,8 @@ DGPO_ARMS: dict[str, Changes] = {
     "dgpo, uniform 6 of 12 after 4": changed(DGPO, UNIFORM_LATE),
     "dgpo, KL 0.01, plain 12": HELD,
     "dgpo, KL 0.01, 12 of 24 after 2": changed(HELD, EARLY),
+    "dgpo, KL 0.01, 6 of 24 after 2": changed(HELD, EARLY_QUARTER),
+    "dgpo, KL 0.01, 6 of 12 after 2": changed(HELD, EARLY_SIX),
     "dgpo, KL 0.01, 6 of 12 after 4": changed(HELD, LATE),
     "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(HELD, UNIFORM_LATE),
     "dgpo, KL 0.01, plain 6": changed(HELD, SIX),
