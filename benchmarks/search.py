@@ -115,6 +115,7 @@ TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
     # as much work: half of the twelve are stopped before the last call
     "quickstart, late": changed(TODAY, {"iterations": 330, "plan": {"prune": [[4, 6]]}}),
+    "quickstart, 6 of 12 after 2": changed(TODAY, {"iterations": 370, "plan": {"prune": [[2, 6]]}}),
     "quickstart, own deviations": GROUPS,
     "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),
     "quickstart, half the weight for negatives": changed(GROUPS, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
