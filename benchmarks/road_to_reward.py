@@ -78,7 +78,7 @@ EARLY_QUARTER: Changes = {"plan": {"group_size": GROUP, "prune": [[2, 6]]}}
 SIX: Changes = {"plan": {"group_size": 6}}
 AUTO: Changes = {"plan": {"preset": "auto", "group_size": GROUP}, "audit": {"every": 5}}
 AS_AUTO = Plan(GROUP, (PrunePoint(3, 6),))
-"""A plan of those that `auto` takes in six steps: the length of its arms is that of this plan."""
+"""A plan of those that `auto` takes in six steps. Its work stands for that of `auto`, which is not known before."""
 UNIFORM_LATE = changed(LATE, {"plan": {"selector": "uniform"}})
 GROUP_STATISTICS: Changes = {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}}
 HELD = changed(DGPO, {"objective": {"dgpo": {"kl_beta": 0.01}}, "optim": {"lr": 2e-4}})
