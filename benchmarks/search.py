@@ -94,6 +94,8 @@ FORMER: Changes = {
     "checkpoint": {"every": 10},
 }
 TODAY = to_dict(load_recipe("quickstart"))
+# As much work: six of the twelve are stopped after the second of six calls
+EARLY = changed(TODAY, {"iterations": 370, "plan": {"prune": [[2, 6]]}})
 # The quickstart of 30 November 2026, with each group's own deviation
 GROUPS = changed(
     TODAY,
@@ -115,7 +117,12 @@ TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
     # as much work: half of the twelve are stopped before the last call
     "quickstart, late": changed(TODAY, {"iterations": 330, "plan": {"prune": [[4, 6]]}}),
-    "quickstart, 6 of 12 after 2": changed(TODAY, {"iterations": 370, "plan": {"prune": [[2, 6]]}}),
+    "quickstart, 6 of 12 after 2": EARLY,
+    "quickstart, 6 of 12 after 2, at 3e-4": changed(EARLY, {"optim": {"lr": 3e-4}}),
+    "quickstart, at 3e-4": changed(TODAY, {"optim": {"lr": 3e-4}}),
+    # as much work in groups of six
+    "quickstart, six": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}}),
+    "quickstart, six, at 3e-4": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}, "optim": {"lr": 3e-4}}),
     "quickstart, own deviations": GROUPS,
     "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),
     "quickstart, half the weight for negatives": changed(GROUPS, {"objective": {"dgpo": {"negative_weight": 0.5}}}),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from progrpo.pages import charts
-from progrpo.pages.report import write_report
+from progrpo.pages.report import pruning, write_report
 from progrpo.pages.report.film import spread
 from progrpo.pages.report.head import verdict
 from progrpo.pages.run_data import read_run_data
@@ -494,7 +494,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
     [([48, 24, 12], [5, 7], 10, 360), ([24, 16, 12], [5, 7], 10, 200), ([24], [], 10, 240), ([24, 12], [], 10, 240)],
 )
 def test_who_is_pruned_after_a_call_has_paid_for_it(path, prune_steps, steps, nfe):
-    assert sum(charts.alive_by_step(path, prune_steps, steps)) == nfe
+    assert sum(pruning.alive_by_step(path, prune_steps, steps)) == nfe
 
 
 def test_positions_are_sums_up_to_the_record():
@@ -503,7 +503,7 @@ def test_positions_are_sums_up_to_the_record():
 
 
 def test_histogram_shares_hold_what_lies_outside():
-    shares = charts.histogram_shares(np.array([-9.0, 0.1, 0.2, 7.0]))
+    shares = pruning.histogram_shares(np.array([-9.0, 0.1, 0.2, 7.0]))
     assert shares.sum() == 1
     assert (shares[0], shares[-1]) == (0.25, 0.25)
 

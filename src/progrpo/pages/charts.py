@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import numpy as np
 
@@ -27,15 +27,16 @@ class Figure(TypedDict):
 INK, MUTED, GRID, GHOST, PAPER = "var(--ink)", "var(--muted)", "var(--grid)", "var(--ghost)", "var(--paper)"
 ACCENT, GREY, AMBER, TEAL = "var(--accent)", "var(--grey)", "var(--amber)", "var(--teal)"
 VIOLET, ROSE = "var(--violet)", "var(--rose)"
-_BAND = "var(--band)"
+COLOURS = (ACCENT, AMBER, TEAL, VIOLET, ROSE, GREY)
+BAND = "var(--band)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 AXES = {"iteration": "iteration", "seconds": "seconds", "nfe": "training NFE"}
-BINS = np.arange(-3.0, 3.01, 0.5)
 BUCKETS = 500
 """The most buckets of a curve, each drawn by its lowest and its highest point: a chart is about as many pixels wide."""
 
 
-def _axis(title: str = "", changes: Mapping[str, object] | None = None) -> dict[str, object]:
+def axis_of(title: str = "", changes: Mapping[str, object] | None = None) -> dict[str, object]:
+    """A Plotly axis in the page's look, with `changes`."""
     base: dict[str, object] = {
         "gridcolor": GRID,
         "zeroline": False,
@@ -47,7 +48,8 @@ def _axis(title: str = "", changes: Mapping[str, object] | None = None) -> dict[
     return base | named | dict(changes or {})
 
 
-def _figure(data: Sequence[Trace], x: Mapping[str, object], y: Mapping[str, object], height: int) -> Figure:
+def figure_of(data: Sequence[Trace], x: Mapping[str, object], y: Mapping[str, object], height: int) -> Figure:
+    """The traces on two axes in the page's look. `height` is in pixels."""
     layout: dict[str, object] = {
         "height": height,
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
@@ -144,7 +146,7 @@ def curves(
     traces = [trace for curve in chosen if (trace := _trace(metrics, curve)) is not None]
     if not traces:
         return None
-    figure = _figure(traces, _axis(AXES["iteration"]), _axis("", y), height)
+    figure = figure_of(traces, axis_of(AXES["iteration"]), axis_of("", y), height)
     figure["layout"]["hovermode"] = "x unified"
     return figure
 
@@ -169,8 +171,8 @@ def accuracy_bars(before: Mapping[str, Mean], after: Mapping[str, Mean]) -> Figu
         for shares, name, colour in sides
         if shares
     ]
-    x = _axis("", {"showgrid": False, "type": "category"})  # kinds that look like numbers or dates are names
-    figure = _figure(data, x, _axis("", {"range": [0, 1.04], "tickformat": ".0%"}), 270)
+    x = axis_of("", {"showgrid": False, "type": "category"})  # kinds that look like numbers or dates are names
+    figure = figure_of(data, x, axis_of("", {"range": [0, 1.04], "tickformat": ".0%"}), 270)
     figure["layout"] |= {"bargap": 0.42, "bargroupgap": 0.06}
     return figure
 
@@ -199,9 +201,9 @@ def interval_bars(sides: Mapping[str, tuple[str, Mapping[str, Bounded]]], share:
         }
         for name, (colour, values) in sides.items()
     ]
-    x = _axis("", {"showgrid": False, "type": "category"})
-    y = _axis("", {"range": [0, 1.04], "tickformat": ".0%"} if share else {"rangemode": "tozero"})
-    figure = _figure(data, x, y, height)
+    x = axis_of("", {"showgrid": False, "type": "category"})
+    y = axis_of("", {"range": [0, 1.04], "tickformat": ".0%"} if share else {"rangemode": "tozero"})
+    figure = figure_of(data, x, y, height)
     figure["layout"] |= {"bargap": 0.32, "bargroupgap": 0.06}
     return figure
 
@@ -227,8 +229,8 @@ def interval_points(
     farthest = max(x.high for _, x, _ in points.values())
     form: dict[str, object] = {"tickformat": ".0%"} if share else {}
     # beyond both ends, or a point at 0 would be cut in half
-    x_axis = _axis(x_title, {"range": [-0.04 * farthest, 1.06 * farthest]} if farthest > 0 else {})
-    return _figure(data, x_axis, _axis(y_title, form), height)
+    x_axis = axis_of(x_title, {"range": [-0.04 * farthest, 1.06 * farthest]} if farthest > 0 else {})
+    return figure_of(data, x_axis, axis_of(y_title, form), height)
 
 
 def _ends(values: Sequence[Bounded]) -> dict[str, object]:
@@ -242,210 +244,3 @@ def _ends(values: Sequence[Bounded]) -> dict[str, object]:
         "thickness": 1,
         "width": 3,
     }
-
-
-# --- pruning ----------------------------------------------------------------------------------------------------------
-
-
-def histogram(values: np.ndarray, colour: str, top: float) -> Figure:
-    """The distribution of standardised rewards of a subset. `top` is the y range that all charts of the row share."""
-    shares = histogram_shares(values)
-    centres = (BINS[:-1] + BINS[1:]) / 2
-    bars: Trace = {
-        "type": "bar",
-        "x": centres.tolist(),
-        "y": shares.tolist(),
-        "marker": {"color": colour, "cornerradius": 2},
-    }
-    x = _axis("(reward − mean) / std", {"range": [-3, 3], "showgrid": False, "dtick": 1})
-    y = _axis("", {"range": [0, top * 1.05], "tickformat": ".0%", "nticks": 4})
-    figure = _figure([bars | {"hovertemplate": "%{y:.0%}<extra></extra>"}], x, y, 180)
-    figure["layout"]["bargap"] = 0.08
-    return figure
-
-
-def histogram_shares(values: np.ndarray) -> np.ndarray:
-    """The share of values in each of BINS. The outermost bins include what lies beyond them."""
-    counts, _ = np.histogram(np.clip(values, BINS[0], BINS[-1]), BINS)
-    return counts / max(len(values), 1)
-
-
-def alive_by_step(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> list[int]:
-    """The members of a group that take part in each step's network call. A prune point follows its step's call."""
-    return [path[sum(prune < step for prune in prune_steps)] for step in range(steps)]
-
-
-def funnel(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> Figure:
-    """The members of a group by step, and the network calls that pruning saves."""
-    alive = alive_by_step(path, prune_steps, steps)
-    x = list(range(steps))
-    bar: Trace = {"type": "bar", "x": x, "hovertemplate": "step %{x}: %{y}<extra>%{fullData.name}</extra>"}
-    data = [
-        bar | {"name": "network calls made", "y": alive, "marker": {"color": ACCENT}},
-        bar | {"name": "saved by pruning", "y": [path[0] - n for n in alive], "marker": {"color": GHOST}},
-    ]
-    figure = _figure(data, _axis("step", {"dtick": 1, "showgrid": False}), _axis("members of a group"), 240)
-    figure["layout"] |= {"barmode": "stack", "bargap": 0.12}
-    return figure
-
-
-def agreement(
-    steps: Sequence[int], correlations_AT: np.ndarray, path: Sequence[int], prune_steps: Sequence[int]
-) -> Figure:
-    """Spearman's correlation of previews with final rewards by step, over A audits, with the prune points."""
-    data = [*_band(steps, correlations_AT), _mean_line(steps, correlations_AT)]
-    low = min(0.0, float(np.min(correlations_AT)) - 0.05)
-    return _by_step(data, {"range": [low, 1.09], "tickformat": ".1f"}, path, prune_steps)
-
-
-def variance(
-    steps: Sequence[int],
-    variance_AT: np.ndarray,
-    variance_final_AT: np.ndarray,
-    path: Sequence[int],
-    prune_steps: Sequence[int],
-) -> Figure:
-    """V of the choice by previews and of the best choice by step, over A audits, with V = 1 and the prune points."""
-    line = {"showlegend": True, "hovertemplate": "step %{x}: %{y:.2f}<extra>%{fullData.name}</extra>"}
-    best = _mean_line(steps, variance_final_AT) | line | {"name": "by final rewards", "mode": "lines"}
-    data = [
-        *_band(steps, variance_AT),
-        best | {"line": {"color": GREY, "width": 2}},
-        _mean_line(steps, variance_AT) | line | {"name": "by previews"},
-    ]
-    low, high = min(0.95, float(np.min(variance_AT))), max(1.05, float(np.max(variance_final_AT)))
-    figure = _by_step(data, {"range": [low - 0.05, high + 0.05], "tickformat": ".1f"}, path, prune_steps)
-    rule = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": MUTED, "width": 1}}
-    figure["layout"]["shapes"] = [*cast("list[object]", figure["layout"]["shapes"]), rule]
-    return figure
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The expected progress of a plan in an iteration, over plain GRPO's, and the plan in words (HTML)."""
-
-    iteration: int
-    value: float
-    plan: str
-
-
-def plan_value(judged: Sequence[Judged], rules: Mapping[int, int]) -> Figure:
-    """The expected progress of plans over the run, with a line at 1 and numbered rules at iterations."""
-    drawn = [judged[i] for i in thinned([one.value for one in judged])]
-    values = [one.value for one in drawn]
-    line: Trace = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": [one.iteration for one in drawn],
-        "y": values,
-        "customdata": [one.plan for one in drawn],
-        "line": {"color": ACCENT, "width": 2},
-        "marker": {"size": 7, "line": {"color": PAPER, "width": 1.5}},
-        "hovertemplate": "iteration %{x}: %{y:.2f} ×<br>%{customdata}<extra></extra>",
-    }
-    low, high = min(0.95, *values), max(1.05, *values)
-    margin = 0.08 * (high - low)
-    y = _axis("", {"range": [low - margin, high + 2 * margin], "tickformat": ".2f"})
-    figure = _figure([line], _axis(AXES["iteration"]), y, 260)
-    below = {"type": "line", "layer": "below"}
-    plain = below | {"xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": MUTED, "width": 1}}
-    rule = below | {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": AMBER, "width": 1.5, "dash": "dot"}}
-    figure["layout"]["shapes"] = [plain, *(rule | {"x0": i, "x1": i} for i in rules)]
-    label = {"yref": "paper", "y": 1, "yanchor": "top", "xanchor": "left", "xshift": 4, "showarrow": False}
-    figure["layout"]["annotations"] = [
-        label | {"x": i, "text": str(number), "font": {"color": AMBER, "size": 12}} for i, number in rules.items()
-    ]
-    return figure
-
-
-def _by_step(data: Sequence[Trace], y: Mapping[str, object], path: Sequence[int], prune_steps: Sequence[int]) -> Figure:
-    """A figure over steps, with a rule at each prune point."""
-    figure = _figure(data, _axis("step", {"dtick": 1}), _axis("", y), 240)
-    rule = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": AMBER, "width": 1.5, "dash": "dot"}}
-    figure["layout"]["shapes"] = [rule | {"x0": step, "x1": step} for step in prune_steps]
-    figure["layout"]["annotations"] = [
-        {"x": step, "y": 0.03, "yref": "paper", "yanchor": "bottom", "xanchor": "left", "xshift": 4, "showarrow": False}
-        | {"text": f"{path[i]} → {path[i + 1]}", "font": {"color": AMBER, "size": 12}}
-        for i, step in enumerate(prune_steps)
-    ]
-    return figure
-
-
-def _mean_line(steps: Sequence[int], values_AT: np.ndarray) -> Trace:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": list(steps),
-        "y": np.mean(values_AT, axis=0).tolist(),
-        "line": {"color": ACCENT, "width": 2},
-        "marker": {"size": 7, "line": {"color": PAPER, "width": 1.5}},
-        "hovertemplate": "step %{x}: %{y:.2f}<extra></extra>",
-    }
-
-
-def _band(steps: Sequence[int], values_AT: np.ndarray) -> list[Trace]:
-    edge: Trace = {"type": "scatter", "mode": "lines", "x": list(steps), "line": {"width": 0}, "hoverinfo": "skip"}
-    lowest, highest = np.min(values_AT, axis=0), np.max(values_AT, axis=0)
-    return [
-        edge | {"showlegend": False, "y": lowest.tolist()},
-        edge | {"showlegend": False, "y": highest.tolist(), "fill": "tonexty", "fillcolor": _BAND},
-    ]
-
-
-# --- comparison -------------------------------------------------------------------------------------------------------
-
-COLOURS = (ACCENT, AMBER, TEAL, VIOLET, ROSE, GREY)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A recipe's line: its mean over seeds, with the range of the seeds and each of them. `at` is by axis."""
-
-    name: str
-    colour: str
-    at: Mapping[str, Sequence[float]]
-    mean: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
-    seeds: Sequence[tuple[Mapping[str, Sequence[float]], Sequence[float]]] = ()
-    points: bool = False
-
-    def traces(self, axis: str) -> list[Trace]:
-        """The seeds as thin lines and their range as a band, if there are several, and the mean."""
-        mode = "lines+markers" if self.points or len(self.mean) < 3 else "lines"
-        look: Trace = {
-            "type": "scatter",
-            "line": {"color": self.colour, "width": 2},
-            "marker": {"size": 7},
-            "mode": mode,
-        }
-        mean = look | {"name": self.name, "hovertemplate": "%{y:.4g}"} | _over(self.at, self.mean, axis)
-        if len(self.seeds) < 2:
-            return [mean]
-        quiet: Trace = {"hoverinfo": "skip", "showlegend": False}
-        thin = look | quiet | {"line": {"color": self.colour, "width": 1}, "marker": {"size": 3}, "opacity": 0.35}
-        there_and_back = {name: [*values, *reversed(values)] for name, values in self.at.items()}
-        shape: Trace = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "fill": "toself", "opacity": 0.16}
-        band = shape | quiet | {"fillcolor": self.colour}
-        return [
-            band | _over(there_and_back, [*self.low, *reversed(self.high)], axis),
-            *(thin | _over(at, values, axis) for at, values in self.seeds),
-            mean,
-        ]
-
-
-def _over(at: Mapping[str, Sequence[float]], y: Sequence[float], axis: str) -> Trace:
-    """The places of a trace, with those on other axes for the page's buttons."""
-    drawn = thinned(y)
-    positions = {name: [values[i] for i in drawn] for name, values in at.items()}
-    return {"x": positions[axis], "y": [y[i] for i in drawn], "meta": positions}
-
-
-def compared(
-    lines: Sequence[Line], axis: str, title: str, y: Mapping[str, object] | None = None, height: int = 250
-) -> Figure:
-    """The lines of recipes over an axis. Their names stand in the page's own legend."""
-    x = {"rangemode": "tozero"}
-    figure = _figure([t for line in lines for t in line.traces(axis)], _axis(title, x), _axis("", y), height)
-    figure["layout"] |= {"showlegend": False, "hovermode": "closest"}
-    return figure

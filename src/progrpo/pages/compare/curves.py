@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from progrpo.pages import charts
 from progrpo.pages.compare.figures import (
     AXES,
     EVALUATED,
@@ -21,6 +20,7 @@ from progrpo.pages.compare.figures import (
     spread,
 )
 from progrpo.pages.compare.head import colour_of, dot
+from progrpo.pages.compare.lines import Line, compared
 from progrpo.pages.compare.recipes import Recipe, measures_that_differ
 from progrpo.pages.compare.results import hours_name
 from progrpo.pages.page import anchor_of, chart, escape, note, section, table
@@ -97,18 +97,18 @@ def _axes(recipes: Sequence[Recipe]) -> str:
 
 def _chart(recipes: Sequence[Recipe], card: _Card) -> str:
     lines = [_line(recipes, recipe, [curve(run, card.key) for run in recipe.runs]) for recipe in recipes]
-    figure = charts.compared(lines, AXES[0], _titles(recipes)[AXES[0]], card.y)
+    figure = compared(lines, AXES[0], _titles(recipes)[AXES[0]], card.y)
     return chart(figure, f"curve-{anchor_of(card.key)}-{len(card.key)}", card.title, card.about)
 
 
-def _line(recipes: Sequence[Recipe], recipe: Recipe, curves: Sequence[Sequence[Point]]) -> charts.Line:
+def _line(recipes: Sequence[Recipe], recipe: Recipe, curves: Sequence[Sequence[Point]]) -> Line:
     over = spread(curves)
     seeds = [
         ({axis: [point.at[axis] for point in points] for axis in AXES}, [point.value for point in points])
         for points in curves
         if points
     ]
-    return charts.Line(escape(recipe.label), colour_of(recipes, recipe), over.at, over.mean, over.low, over.high, seeds)
+    return Line(escape(recipe.label), colour_of(recipes, recipe), over.at, over.mean, over.low, over.high, seeds)
 
 
 # --- time to equal reward ---------------------------------------------------------------------------------------------
@@ -171,18 +171,18 @@ def _distance(recipes: Sequence[Recipe]) -> str:
         "Each evaluation on the way: its reward over the distance that the model has gone from its reference, to which"
         " an SDE’s KL divergence is proportional. Higher at the same distance is better."
     )
-    figure = charts.compared(lines, "kl", "mean square distance of velocities", height=320)
+    figure = compared(lines, "kl", "mean square distance of velocities", height=320)
     about = "the mean over seeds at each evaluation; thin: each seed"
     return section("distance", title, lead, legend(recipes) + chart(figure, "reward-kl", "Reward by distance", about))
 
 
-def _path(recipes: Sequence[Recipe], recipe: Recipe) -> charts.Line:
+def _path(recipes: Sequence[Recipe], recipe: Recipe) -> Line:
     """The evaluations of a recipe by distance and reward. There is no band, since both are measured."""
     pairs = [p for run in recipe.runs if (p := _evaluations(curve(run, _KL), curve(run, EVALUATED)))]
     shared = sorted(set.intersection(*map(set, pairs))) if pairs else []
     means = np.array([np.mean([by_iteration[i] for by_iteration in pairs], axis=0) for i in shared]).reshape(-1, 2)
     seeds = [([kl for kl, _ in p.values()], [reward for _, reward in p.values()]) for p in pairs]
-    return charts.Line(
+    return Line(
         escape(recipe.label),
         colour_of(recipes, recipe),
         {"kl": means[:, 0].tolist()},

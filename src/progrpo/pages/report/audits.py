@@ -10,6 +10,7 @@ import numpy as np
 from progrpo.pages import charts
 from progrpo.pages.charts import ACCENT, AMBER, GREY, TEAL, VIOLET, Curve
 from progrpo.pages.page import chart, escape, note, section
+from progrpo.pages.report import pruning
 from progrpo.pages.report.film import films
 from progrpo.pages.run_data import RunData
 from progrpo.tracking.choices import alike, measures_variance, share_of_steps
@@ -66,7 +67,7 @@ def _agreement(data: RunData) -> str:
     points = "; dotted: prune points" if data.prune_steps else ""
     about = f"Spearman’s rank correlation with final rewards over {groups}{points}"
     correlations_AT = np.array(complete, dtype=np.float64)
-    figure = charts.agreement(steps, correlations_AT, data.path_of_plan, data.prune_steps)
+    figure = pruning.agreement(steps, correlations_AT, data.path_of_plan, data.prune_steps)
     return chart(figure, "agreement-by-step", "Agreement by step", about)
 
 
@@ -83,7 +84,7 @@ def _variance_by_step(data: RunData) -> str:
     variance_AT, variance_final_AT = (
         np.array([audit[name] for audit in latest], dtype=np.float64) for name in ("variance", "variance_final")
     )
-    figure = charts.variance(steps, variance_AT, variance_final_AT, data.path_of_plan, data.prune_steps)
+    figure = pruning.variance(steps, variance_AT, variance_final_AT, data.path_of_plan, data.prune_steps)
     groups = "the last audit group" if len(latest) == 1 else f"the last {len(latest)} audit groups, mean and range"
     keeps = " or ".join(str(keep) for keep in sorted({int(keep) for keep in latest[-1]["keep"]}))
     about = f"V of a choice of {keeps} of {members} over {groups}"
@@ -145,7 +146,7 @@ def _kept(data: RunData) -> str:
         _Subset("OVF, on final rewards", ACCENT, [_present(rewards, audit["kept_ovf"]) for audit, rewards in groups]),
         _Subset("Kept by the plan", TEAL, [_present(rewards, _survivors(audit)) for audit, rewards in groups]),
     ]
-    top = max(float(charts.histogram_shares(np.concatenate(subset.groups)).max()) for subset in subsets)
+    top = max(float(pruning.histogram_shares(np.concatenate(subset.groups)).max()) for subset in subsets)
     cards = "".join(_histogram(subset, f"kept-{i}", top) for i, subset in enumerate(subsets))
     return f'<div class="grid four">{cards}</div>'
 
@@ -172,4 +173,4 @@ def _present(rewards_G: np.ndarray, members: Sequence[int]) -> np.ndarray:
 def _histogram(subset: _Subset, anchor: str, top: float) -> str:
     stds = [values.std() for values in subset.groups if len(values)]
     about = f"{len(subset.groups[-1])} per group, std {np.mean(stds):.2f}" if stds else "no member has a reward"
-    return chart(charts.histogram(np.concatenate(subset.groups), subset.colour, top), anchor, subset.title, about)
+    return chart(pruning.histogram(np.concatenate(subset.groups), subset.colour, top), anchor, subset.title, about)

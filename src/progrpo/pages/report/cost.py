@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from progrpo.pages import charts, page
+from progrpo.pages import page
 from progrpo.pages.page import chart, escape, note, section
+from progrpo.pages.report.pruning import alive_by_step, funnel
 from progrpo.pages.run_data import RunData, total
 from progrpo.tracking.records import CostSummary, Metrics
 from progrpo.tracking.wording import count, duration, percent
@@ -39,13 +40,13 @@ def _plan(data: RunData) -> str:
     path, prune_steps, steps = data.path_of_plan, data.prune_steps, int(plan["num_inference_steps"])
     if steps > _MOST_STEPS:
         raise ValueError(f"num_inference_steps must be at most {_MOST_STEPS}")
-    made, whole = sum(charts.alive_by_step(path, prune_steps, steps)), path[0] * steps
+    made, whole = sum(alive_by_step(path, prune_steps, steps)), path[0] * steps
     sizes = " → ".join(map(str, path))
     about = f"{sizes} members, selector {escape(plan['selector'])}: {made} of {whole} network calls per prompt"
     if len(data.groups_of_plan) == 2:
         begun, go_on = data.groups_of_plan
         about += f" that goes on; {go_on} of {begun} prompts do after step {prune_steps[0]}"
-    return chart(charts.funnel(path, prune_steps, steps), "funnel", "The plan", about)
+    return chart(funnel(path, prune_steps, steps), "funnel", "The plan", about)
 
 
 def _spent(data: RunData) -> str:

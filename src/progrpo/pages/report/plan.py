@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from progrpo.pages import charts
-from progrpo.pages.charts import Judged
 from progrpo.pages.page import chart, escape, note, section
+from progrpo.pages.report.pruning import Judged, plan_value
 from progrpo.pages.run_data import RunData
 from progrpo.tracking.decisions import PlanDecision
 from progrpo.tracking.records import iteration_of, metric
@@ -35,7 +34,7 @@ def write(data: RunData) -> str:
     named = _named(data, decisions)
     shown = named[-_LAST:]
     rules = {iteration: len(named) - len(shown) + i for i, (iteration, _) in enumerate(shown, start=1)}
-    figure = chart(charts.plan_value(judged, rules), "plan-value", "Expected gain over the run", _about(rules))
+    figure = chart(plan_value(judged, rules), "plan-value", "Expected gain over the run", _about(rules))
     return section("plan", "Does the plan pay?", _LEAD, figure + _list(shown, len(named)))
 
 
