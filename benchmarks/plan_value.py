@@ -37,7 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, ModelSettings, RewardTerm, check, prompt_cost
+from progrpo.checks import check
+from progrpo.config import Config, ModelSettings, RewardTerm, prompt_cost
 from progrpo.objectives.advantage import advantages, group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.objectives.dgpo import DGPO

@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from progrpo.checks import check
 from progrpo.cli.output import show
 from progrpo.config import (
     AuditSettings,
@@ -41,7 +42,6 @@ from progrpo.config import (
     RewardSettings,
     RewardTerm,
     SamplingSettings,
-    check,
     to_dict,
 )
 from progrpo.durable import write_text

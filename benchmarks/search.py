@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from progrpo.config import Config, check, from_dict, to_dict
+from progrpo.checks import check
+from progrpo.config import Config, from_dict, to_dict
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture

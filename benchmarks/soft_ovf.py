@@ -50,6 +50,7 @@ from when_pruning_pays import (
     toy_batches,
 )
 
+from progrpo.checks import check
 from progrpo.config import (
     AuditSettings,
     Config,
@@ -58,7 +59,6 @@ from progrpo.config import (
     OptimSettings,
     PromptSettings,
     SamplingSettings,
-    check,
 )
 from progrpo.durable import write_text
 from progrpo.objectives.advantage import GroupStatistics, posterior_means

@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import torch
 from curves import reached_at
 
+from progrpo.checks import check
 from progrpo.config import (
     AuditSettings,
     Config,
@@ -43,7 +44,6 @@ from progrpo.config import (
     PreviewSettings,
     PromptSettings,
     SamplingSettings,
-    check,
     trained_items,
 )
 from progrpo.durable import write_text

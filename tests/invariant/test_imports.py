@@ -44,6 +44,7 @@ MAY_SEE = {
     "progrpo.settings": ("progrpo.messages",),
     "progrpo.registry": ("progrpo.messages", "progrpo.settings"),
     "progrpo.config": (*SETTINGS, "progrpo.rollout.plan", "progrpo.types"),
+    "progrpo.checks": (*SETTINGS, "progrpo.config"),
     "progrpo.diffusion": (),
     "progrpo.packing": (),
     "progrpo.frames": (),
@@ -63,6 +64,7 @@ RIM = (
     "progrpo.imports",
     "progrpo.recipes",
     "progrpo.config",
+    "progrpo.checks",
     "progrpo.repro",
 )
 MUST_NOT_SEE = {
@@ -94,6 +96,7 @@ KNOW_CONFIG = (
     "progrpo.imports",
     "progrpo.recipes",
     "progrpo.config",
+    "progrpo.checks",
     "progrpo.training",
     "progrpo.studio",
     "progrpo.repro.arms",
@@ -109,9 +112,16 @@ TORCH_ONLY = (
     "progrpo.objectives.advantage",
     "progrpo.objectives.surrogate",
 )
-STANDARD_LIBRARY_ONLY = (*SETTINGS, "progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.config")
+STANDARD_LIBRARY_ONLY = (
+    *SETTINGS,
+    "progrpo.rollout.plan",
+    "progrpo.rollout.window",
+    "progrpo.config",
+    "progrpo.checks",
+)
 KNOW_DIFFUSERS_AND_PEFT = ("progrpo.policies", "progrpo.zoo")
 FREE_OF_TORCH = (
+    "progrpo.checks",
     "progrpo.cli",
     "progrpo.config",
     "progrpo.imports.flow_factory.read",

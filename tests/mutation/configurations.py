@@ -12,16 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from progrpo.config import (
-    Config,
-    check,
-    config_from_json,
-    config_to_json,
-    from_dict,
-    plan_costs,
-    resolve_plan,
-    to_dict,
-)
+from progrpo.checks import check
+from progrpo.config import Config, config_from_json, config_to_json, from_dict, plan_costs, resolve_plan, to_dict
 from progrpo.imports.flow_factory.read import import_flow_factory
 from progrpo.imports.flow_grpo.read import import_flow_grpo
 from progrpo.recipes import RECIPES, load_recipe

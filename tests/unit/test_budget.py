@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from progrpo.config import PlanSettings, PromptSettings, RewardSettings, RewardTerm, check, resolve_plan
+from progrpo.checks import check
+from progrpo.config import PlanSettings, PromptSettings, RewardSettings, RewardTerm, resolve_plan
 from progrpo.recipes import load_recipe, sd35m_ocr
 from progrpo.repro.budget import BEGINNING, _further_iterations, predict, train_for, training_seconds
 from progrpo.tracking.run_folder import RunFolder

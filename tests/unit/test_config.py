@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from progrpo.checks import check
 from progrpo.config import (
     Config,
     EvalSettings,
@@ -19,7 +20,6 @@ from progrpo.config import (
     RewardSettings,
     RewardTerm,
     SamplingSettings,
-    check,
     config_from_json,
     config_to_json,
     from_dict,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from progrpo.config import check, from_dict
+from progrpo.checks import check
+from progrpo.config import from_dict
 from progrpo.objectives.dpo import DPO
 from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import DPOSettings, SFTSettings

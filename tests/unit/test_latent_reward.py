@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from progrpo.checks import check
 from progrpo.cli.entry import main
-from progrpo.config import AuditSettings, PlanSettings, PreviewSettings, check, config_from_json
+from progrpo.config import AuditSettings, PlanSettings, PreviewSettings, config_from_json
 from progrpo.preferences.pairs import Pair, write_pairs
 from progrpo.preferences.reward_model.head import Ensemble
 from progrpo.preferences.reward_model.latent import LatentBackbone, LatentHead, latent_features, load_latent_head

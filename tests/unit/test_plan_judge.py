@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from progrpo.checks import check
 from progrpo.config import (
     Config,
     GRPOSettings,
@@ -16,7 +17,6 @@ from progrpo.config import (
     PlanSettings,
     PreviewSettings,
     SamplingSettings,
-    check,
     last_equal_step,
     prompt_cost,
     stochastic_steps,

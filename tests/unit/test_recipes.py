@@ -7,15 +7,8 @@ from typing import Any
 
 import pytest
 
-from progrpo.config import (
-    Config,
-    check,
-    config_from_json,
-    config_to_json,
-    plan_costs,
-    prompt_cost,
-    resolve_plan,
-)
+from progrpo.checks import check
+from progrpo.config import Config, config_from_json, config_to_json, plan_costs, prompt_cost, resolve_plan
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.training.estimate import estimate
 

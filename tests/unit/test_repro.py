@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from progrpo.checks import check
 from progrpo.cli import main
 from progrpo.cli.repro_commands import rendered
-from progrpo.config import check, resolve_plan
+from progrpo.config import resolve_plan
 from progrpo.repro import fig1
 from progrpo.repro.arms import HELD_OUT_KINDS, OtherKinds, arms, folder_of
 from progrpo.repro.campaign import Campaign

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from progrpo.config import Config, check, from_dict
+from progrpo.checks import check
+from progrpo.config import Config, from_dict
 from progrpo.rollout.plan import PRESETS
 from progrpo.rollout.prune import Selection
 from progrpo.rollout.sampling import load_sampler
@@ -44,7 +45,7 @@ def test_a_name_that_is_none_is_refused_with_the_names(field):
 
 
 def test_built_in_names_are_checked_without_torch():
-    code = "import sys; from progrpo.config import check, from_dict;"
+    code = "import sys; from progrpo.checks import check; from progrpo.config import from_dict;"
     code += " check(from_dict({'sampling': {'sampler': 'cps'}, 'plan': {'selector': 'uniform', 'preset': 'flash'}}));"
     code += " sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

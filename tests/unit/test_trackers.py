@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from progrpo.config import Config, check, config_from_json, to_dict
+from progrpo.checks import check
+from progrpo.config import Config, config_from_json, to_dict
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.settings import TRACKERS, TrackingSettings
 from progrpo.tracking.tracker import TrackedRun, Trackers, open_trackers, require_installed

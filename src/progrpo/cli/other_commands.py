@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from progrpo.checks import check
 from progrpo.cli.command import Command, check_device, check_range
-from progrpo.config import check, config_to_json
+from progrpo.config import config_to_json
 from progrpo.durable import write_text
 from progrpo.imports.flow_grpo.scripts import Script
 from progrpo.messages import named

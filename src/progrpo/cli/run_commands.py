@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from progrpo.checks import check
 from progrpo.cli.command import Command, ConfigFields, check_range, first_free, require_run
 from progrpo.cli.output import columns, format_result, show
-from progrpo.config import Config, check, config_to_json, plan_costs, resolve_plan
+from progrpo.config import Config, config_to_json, plan_costs, resolve_plan
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.registry import choices_of
 from progrpo.rollout.settings import PLAN_NAMES

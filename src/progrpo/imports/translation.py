@@ -7,7 +7,8 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from progrpo.config import Config, check, from_dict
+from progrpo.checks import check
+from progrpo.config import Config, from_dict
 from progrpo.imports.outcome import STATUSES, Outcome, Row, Rule, Setting, no_equal, shortened
 from progrpo.messages import named
 

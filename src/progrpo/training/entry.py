@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from progrpo.config import Config, check, from_python, to_dict
+from progrpo.checks import check
+from progrpo.config import Config, from_python, to_dict
 from progrpo.recipes import load_recipe
 from progrpo.tracking.commands import is_of_python, resume_command
 from progrpo.tracking.console import Console

@@ -12,7 +12,8 @@ from typing import NotRequired, cast
 
 import torch
 
-from progrpo.config import Config, OptimSettings, RewardTerm, SamplingSettings, check, from_python
+from progrpo.checks import check
+from progrpo.config import Config, OptimSettings, RewardTerm, SamplingSettings, from_python
 from progrpo.messages import named
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.mixture import close_all, load_mixture

@@ -8,7 +8,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from progrpo.config import Config, ModelSettings, OptimSettings, RewardTerm, SamplingSettings, check
+from progrpo.checks import check
+from progrpo.config import Config, ModelSettings, OptimSettings, RewardTerm, SamplingSettings
 from progrpo.messages import quoted
 from progrpo.policies.base import Policy
 from progrpo.prompts.load import splits_from_python
