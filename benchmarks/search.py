@@ -97,6 +97,10 @@ FORMER: Changes = {
 TODAY = to_dict(load_recipe("quickstart"))
 # As much work: six of the twelve are stopped after the second of six calls
 EARLY = changed(TODAY, {"iterations": 370, "plan": {"prune": [[2, 6]]}})
+# The quickstart on the graded match alone, and as much work with half of the twelve stopped early or with groups of six
+MATCH = changed(TODAY, {**rewarded("shapes_match"), "eval": {"rewards": [{"name": "shapes_strict"}]}})
+MATCH_EARLY = changed(MATCH, {"iterations": 310, "plan": {"prune": [[2, 6]]}})
+MATCH_SIX = changed(MATCH, {"iterations": 440, "plan": {"group_size": 6}})
 # The quickstart of 30 November 2026, with each group's own deviation
 GROUPS = changed(
     TODAY,
@@ -124,6 +128,10 @@ TRIALS: dict[str, Changes] = {
     # as much work in groups of six
     "quickstart, six": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}}),
     "quickstart, six, at 3e-4": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}, "optim": {"lr": 3e-4}}),
+    "match": MATCH,
+    "match, 6 of 12 after 2": MATCH_EARLY,
+    "match, 6 of 12 after 2, at 3e-4": changed(MATCH_EARLY, {"optim": {"lr": 3e-4}}),
+    "match, six, at 3e-4": changed(MATCH_SIX, {"optim": {"lr": 3e-4}}),
     "quickstart, own deviations": GROUPS,
     "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),
     "quickstart, half the weight for negatives": changed(GROUPS, {"objective": {"dgpo": {"negative_weight": 0.5}}}),
