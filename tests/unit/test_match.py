@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from progrpo.rewards.shapes import MatchReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.match import match, target_objects
+from progrpo.zoo.shapes.verifier import verify
 from progrpo.zoo.shapes.world import COLOURS, EXTENT, SHAPES, Scene, Shape
 from progrpo.zoo.splits import SPLITS
 
@@ -202,3 +204,13 @@ def test_blank_noise_and_no_pictures():
 
 def _all(kind: str) -> list[Prompt]:
     return [p for split in SPLITS for p in world.prompts(split)[kind]]
+
+
+def test_the_strict_verdict_stands_beside_the_value_and_has_no_part_in_it():
+    prompts = asked("binding")[:4]
+    right = [drawn(ideal(p)) for p in prompts]
+    wrong = [drawn(ideal(p)[:1]) for p in prompts]
+    pictures, both = np.stack([*right, *wrong]), [*prompts, *prompts]
+    scores = MatchReward().score(pictures, both)
+    assert [s.passed for s in scores] == [v.strict for v in verify(pictures, both)] == [True] * 4 + [False] * 4
+    assert [s.value for s in scores] == match(pictures, both)

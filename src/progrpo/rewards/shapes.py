@@ -55,11 +55,15 @@ class MixedShapesReward(ShapesReward):
 
 
 class MatchReward(_OfShapesPrompts):
-    """The match of each object's colour, outline, size and place with the prompt's words, without thresholds."""
+    """The match of each object's colour, outline, size and place with the prompt's words, without thresholds.
+
+    The strict verdict stands beside it and has no part in the value.
+    """
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         self.check(prompts)
-        return [Score(value) for value in match(pictures_NHWC, prompts)]
+        verdicts = verify(pictures_NHWC, prompts)
+        return [Score(value, v.strict) for value, v in zip(match(pictures_NHWC, prompts), verdicts, strict=True)]
 
 
 class TasteReward(Reward):
