@@ -95,15 +95,28 @@ FORMER: Changes = {
     "checkpoint": {"every": 10},
 }
 TODAY = to_dict(load_recipe("quickstart"))
+# The quickstart of 1 December 2026: nothing is pruned, and the reward is half the strict verdict
+DECEMBER = changed(
+    TODAY,
+    {
+        "iterations": 220,
+        "reward": {"terms": [{**TODAY["reward"]["terms"][0], "name": "shapes_mixed"}]},
+        "plan": {"prune": []},
+        "optim": {"lr": 2e-4},
+        "audit": {"every": 25},
+        "eval": {"every": 55},
+        "checkpoint": {"every": 25},
+    },
+)
 # As much work: six of the twelve are stopped after the second of six calls
-EARLY = changed(TODAY, {"iterations": 370, "plan": {"prune": [[2, 6]]}})
-# The quickstart on the graded match alone, and as much work with half of the twelve stopped early or with groups of six
-MATCH = changed(TODAY, {**rewarded("shapes_match"), "eval": {"rewards": [{"name": "shapes_strict"}]}})
+EARLY = changed(DECEMBER, {"iterations": 370, "plan": {"prune": [[2, 6]]}})
+# The same by the match without thresholds, and as much work with half of the twelve stopped early or with groups of six
+MATCH = changed(DECEMBER, rewarded("shapes_match"))
 MATCH_EARLY = changed(MATCH, {"iterations": 310, "plan": {"prune": [[2, 6]]}})
 MATCH_SIX = changed(MATCH, {"iterations": 440, "plan": {"group_size": 6}})
 # The quickstart of 30 November 2026, with each group's own deviation
 GROUPS = changed(
-    TODAY,
+    DECEMBER,
     {
         "iterations": 150,
         "objective": {"advantage": "group", "dgpo": {"dpo_beta": 100.0, "time_fraction": 0.6}},
@@ -120,15 +133,19 @@ UNET = changed(GROUPS, {**FORMER, "iterations": 50, "model": {"path": "shapes-di
 
 TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
+    "quickstart of 1 December": DECEMBER,
     # as much work: half of the twelve are stopped before the last call
-    "quickstart, late": changed(TODAY, {"iterations": 330, "plan": {"prune": [[4, 6]]}}),
+    "quickstart, late": changed(DECEMBER, {"iterations": 330, "plan": {"prune": [[4, 6]]}}),
     "quickstart, 6 of 12 after 2": EARLY,
     "quickstart, 6 of 12 after 2, at 3e-4": changed(EARLY, {"optim": {"lr": 3e-4}}),
-    "quickstart, at 3e-4": changed(TODAY, {"optim": {"lr": 3e-4}}),
+    "quickstart, at 3e-4": changed(DECEMBER, {"optim": {"lr": 3e-4}}),
     # as much work in groups of six
-    "quickstart, six": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}}),
-    "quickstart, six, at 3e-4": changed(TODAY, {"iterations": 440, "plan": {"group_size": 6}, "optim": {"lr": 3e-4}}),
+    "quickstart, six": changed(DECEMBER, {"iterations": 440, "plan": {"group_size": 6}}),
+    "quickstart, six, at 3e-4": changed(
+        DECEMBER, {"iterations": 440, "plan": {"group_size": 6}, "optim": {"lr": 3e-4}}
+    ),
     "match": MATCH,
+    "match, at 3e-4": changed(MATCH, {"optim": {"lr": 3e-4}}),
     "match, 6 of 12 after 2": MATCH_EARLY,
     "match, 6 of 12 after 2, at 3e-4": changed(MATCH_EARLY, {"optim": {"lr": 3e-4}}),
     "match, six, at 3e-4": changed(MATCH_SIX, {"optim": {"lr": 3e-4}}),

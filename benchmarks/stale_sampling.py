@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from progrpo.config import Config, ObjectiveSettings
+from progrpo.config import Config, ObjectiveSettings, RewardSettings, RewardTerm
 from progrpo.durable import write_text
 from progrpo.objectives.base import Experience
 from progrpo.objectives.grpo import GRPO
@@ -66,11 +66,19 @@ KEPT = ("seconds", "time/update", "reward/mean", "update/on_policy_deviation", "
 
 
 def config_of(objective: str, seed: int, iterations: int) -> Config:
-    """The quickstart, by another objective and without audits and evaluations."""
+    """The quickstart of 1 December 2026, by another objective and without audits and evaluations."""
     base = quickstart()
-    own = base.objective if objective == "dgpo" else ObjectiveSettings(name=objective)
-    audit, evaluation = replace(base.audit, every=0), replace(base.eval, every=0, pictures=1)
-    return replace(base, objective=own, audit=audit, eval=evaluation, iterations=iterations, seed=seed)
+    return replace(
+        base,
+        iterations=iterations,
+        seed=seed,
+        plan=replace(base.plan, prune=()),
+        reward=RewardSettings((RewardTerm("shapes_mixed"),)),
+        objective=base.objective if objective == "dgpo" else ObjectiveSettings(name=objective),
+        optim=replace(base.optim, lr=2e-4),
+        audit=replace(base.audit, every=0),
+        eval=replace(base.eval, every=0, pictures=1),
+    )
 
 
 # --- the work of a process --------------------------------------------------------------------------------------------

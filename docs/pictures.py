@@ -1,8 +1,7 @@
-"""The pictures of README and docs, made from two run folders:
+"""The pictures of README and docs, made from a run folder:
 
     progrpo train quickstart
-    progrpo train quickstart --plan.group-size 24 --plan.prune 2 12 --iterations 25 --out runs/pruned
-    python docs/pictures.py runs/quickstart runs/pruned
+    python docs/pictures.py runs/quickstart
 
 docs/images/film.png           an audit group: previews by step, and where the plan stops each member
 docs/images/before_after.png   test prompts before and after training, from the same noise
@@ -85,11 +84,10 @@ def before_after(run: Path, count: int = 12) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run whose pictures before and after training are shown")
-    parser.add_argument("pruned", type=Path, help="the run whose last audit group is shown")
+    parser.add_argument("run", type=Path, help="the run whose last audit group and test pictures are shown")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    film(arguments.pruned).save(OUT / "film.png", optimize=True)
+    film(arguments.run).save(OUT / "film.png", optimize=True)
     before_after(arguments.run).save(OUT / "before_after.png", optimize=True)
 
 

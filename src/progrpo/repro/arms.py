@@ -109,6 +109,7 @@ def _built_in(model: str, prompts: int) -> Config:
         sampling=replace(base.sampling, num_inference_steps=10),
         reward=RewardSettings((MATCH,)),
         objective=ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(draws=2, kl_beta=0.01)),
+        optim=replace(base.optim, lr=2e-4),
         audit=AuditSettings(every=0),
         eval=EvalSettings(every=10, pictures=192, rewards=(RewardTerm("shapes_strict"), RewardTerm("shapes_taste"))),
         checkpoint=CheckpointSettings(every=10),
