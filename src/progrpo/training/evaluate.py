@@ -162,21 +162,13 @@ def draw(
 def judged(
     pictures: Pictures, prompts: Sequence[Prompt], reward: Scorer, measures: Measures = Measures()
 ) -> list[EvaluationRecord]:
-    """The record of each picture, of the prompt at the same place; its diversity is left open.
-
-    The strict verdict is the reward's. Where the reward has none, it is that of the held-out rewards.
-    """
+    """The record of each picture, of the prompt at the same place; its diversity is left open."""
     scored = _Scored(pictures, prompts)
     images_NHWC, there = still_pictures(pictures.images_NHWC.numpy()), pictures.there_N.tolist()
     scores = scored.by(reward)
-    passed_N = scores.passed_N
-    held_out: list[dict[str, float | None]] = [{} for _ in prompts]
-    if measures.held_out is not None:
-        others = scored.by(measures.held_out)
-        passed_N = _verdict_of_either(scores, others)
-        held_out = [dict(zip(measures.held_out.weights, _listed(row), strict=True)) for row in others.rewards_NR]
-    graded, strict = _listed(scores.value_N), _listed(passed_N)
+    graded, strict = _listed(scores.value_N), _listed(scores.passed_N)
     verdicts = _verdicts(measures.judge, images_NHWC, prompts, there)
+    held_out = _held_out(measures.held_out, scored)
     records: list[EvaluationRecord] = []
     for n, prompt in enumerate(prompts):
         passed = strict[n]
@@ -285,9 +277,11 @@ def _verdicts(
     return [verdicts.get(n) for n in range(len(prompts))]
 
 
-def _verdict_of_either(scores: Scores, others: Scores) -> Tensor:
-    """The verdicts (N,), those of `others` where the first have none. A picture without a first score has none."""
-    return torch.where(scores.passed_N.isnan() & scores.value_N.isfinite(), others.passed_N, scores.passed_N)
+def _held_out(reward: Scorer | None, scored: _Scored) -> list[dict[str, float | None]]:
+    """Each held-out reward's value of each picture, by name."""
+    if reward is None:
+        return [{} for _ in scored.prompts]
+    return [dict(zip(reward.weights, _listed(row), strict=True)) for row in scored.by(reward).rewards_NR]
 
 
 def _kind(columns: Mapping[str, object]) -> str | None:
