@@ -108,12 +108,11 @@ DECEMBER = changed(
         "checkpoint": {"every": 25},
     },
 )
-# As much work: six of the twelve are stopped after the second of six calls
+# Six of the twelve are stopped after the third of six calls
 EARLY = changed(DECEMBER, {"iterations": 370, "plan": {"prune": [[2, 6]]}})
-# The same by the match without thresholds, and as much work with half of the twelve stopped early or with groups of six
+# The same by the match without thresholds
 MATCH = changed(DECEMBER, rewarded("shapes_match"))
 MATCH_EARLY = changed(MATCH, {"iterations": 310, "plan": {"prune": [[2, 6]]}})
-MATCH_SIX = changed(MATCH, {"iterations": 440, "plan": {"group_size": 6}})
 # The quickstart of 30 November 2026, with each group's own deviation
 GROUPS = changed(
     DECEMBER,
@@ -139,16 +138,11 @@ TRIALS: dict[str, Changes] = {
     "quickstart, 6 of 12 after 2": EARLY,
     "quickstart, 6 of 12 after 2, at 3e-4": changed(EARLY, {"optim": {"lr": 3e-4}}),
     "quickstart, at 3e-4": changed(DECEMBER, {"optim": {"lr": 3e-4}}),
-    # as much work in groups of six
-    "quickstart, six": changed(DECEMBER, {"iterations": 440, "plan": {"group_size": 6}}),
-    "quickstart, six, at 3e-4": changed(
-        DECEMBER, {"iterations": 440, "plan": {"group_size": 6}, "optim": {"lr": 3e-4}}
-    ),
     "match": MATCH,
     "match, at 3e-4": changed(MATCH, {"optim": {"lr": 3e-4}}),
     "match, 6 of 12 after 2": MATCH_EARLY,
     "match, 6 of 12 after 2, at 3e-4": changed(MATCH_EARLY, {"optim": {"lr": 3e-4}}),
-    "match, six, at 3e-4": changed(MATCH_SIX, {"optim": {"lr": 3e-4}}),
+    "match, six, at 3e-4": changed(MATCH, {"iterations": 440, "plan": {"group_size": 6}, "optim": {"lr": 3e-4}}),
     "quickstart, own deviations": GROUPS,
     "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),
     "quickstart, half the weight for negatives": changed(GROUPS, {"objective": {"dgpo": {"negative_weight": 0.5}}}),

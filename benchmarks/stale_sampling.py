@@ -32,15 +32,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from search import DECEMBER
 from torch import Tensor
 
-from progrpo.config import Config, ObjectiveSettings, RewardSettings, RewardTerm
+from progrpo.config import Config, ObjectiveSettings, from_dict
 from progrpo.durable import write_text
 from progrpo.objectives.base import Experience
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.base import Policy
 from progrpo.policies.load import quiet
-from progrpo.recipes import quickstart
 from progrpo.repro.page import table
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -67,18 +67,10 @@ KEPT = ("seconds", "time/update", "reward/mean", "update/on_policy_deviation", "
 
 def config_of(objective: str, seed: int, iterations: int) -> Config:
     """The quickstart of 1 December 2026, by another objective and without audits and evaluations."""
-    base = quickstart()
-    return replace(
-        base,
-        iterations=iterations,
-        seed=seed,
-        plan=replace(base.plan, prune=()),
-        reward=RewardSettings((RewardTerm("shapes_mixed"),)),
-        objective=base.objective if objective == "dgpo" else ObjectiveSettings(name=objective),
-        optim=replace(base.optim, lr=2e-4),
-        audit=replace(base.audit, every=0),
-        eval=replace(base.eval, every=0, pictures=1),
-    )
+    base = from_dict(DECEMBER)
+    own = base.objective if objective == "dgpo" else ObjectiveSettings(name=objective)
+    audit, evaluation = replace(base.audit, every=0), replace(base.eval, every=0, pictures=1)
+    return replace(base, objective=own, audit=audit, eval=evaluation, iterations=iterations, seed=seed)
 
 
 # --- the work of a process --------------------------------------------------------------------------------------------
