@@ -53,7 +53,7 @@ lint: $(VENV)/.ready-dev ## style and types
 # not those that want another version of the code, another framework, its files, or a GPU and the hub
 ELSEWHERE := benchmarks/same_runs.py benchmarks/frameworks% benchmarks/imports.py benchmarks/real.py
 BENCHMARKS := $(filter-out $(ELSEWHERE),$(wildcard benchmarks/*.py))
-bench: setup ## the figures of the notes
+bench: $(VENV)/.ready-dev ## the figures of the notes
 	@set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done
 notebooks: $(VENV)/.ready-dev ## execute the notebooks of examples/ and save them with their outputs
 	@$(BIN)/python docs/notebooks.py

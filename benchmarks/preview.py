@@ -24,14 +24,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
+import charts
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from progrpo.config import Config, ModelSettings
@@ -73,9 +73,8 @@ PARTS: dict[str, dict[int, range]] = {
 TAUGHT = 12
 """The groups that a probe has learnt from before its scores count."""
 RESAMPLED = 2000
-INK, QUIET = (40, 44, 52), (128, 134, 144)
-COLOURS = {"x0": (30, 110, 190), "ode 2": (30, 140, 80), "ode 3": (220, 140, 30), "ode 4": (200, 60, 50)}
-COLOURS |= {"ode 5": (130, 70, 170), "probe": QUIET}
+COLOURS = {"x0": "#1e6ebe", "ode 2": "#1e8c50", "ode 3": "#dc8c1e", "ode 4": "#c83c32", "ode 5": "#8246aa"}
+COLOURS |= {"probe": "#80868f"}
 
 
 class Group(TypedDict):
@@ -287,29 +286,32 @@ def write_page(results: Results) -> None:
         before, _, rest = page.partition(begin)
         page = before + begin + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
     write_text(PAGE, page)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    picture(results).save(PICTURE, optimize=True)
+    charts.save(picture(results), PICTURE)
 
 
-def picture(results: Results) -> Image.Image:
-    """Spearman's correlation by network calls before the choice: a field per model and reward (row) and setting."""
-    width, height, left, top, gap = 220, 130, 150, 52, 28
+def picture(results: Results) -> charts.Figure:
+    """Spearman's correlation by network calls before the choice: a field per model and reward (row) and setting.
+
+    Bars are of one standard error.
+    """
     rows = [(model, r) for model in MODELS for r in range(len(REWARDS))]
-    size = left + len(STOCHASTIC) * (width + gap), top + len(rows) * (height + gap) + 22
-    image = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    for place, (kind, colour) in enumerate(COLOURS.items()):
-        draw.text((left + 90 * place, 8), kind, fill=colour, font=font)
-    for down, (model, r) in enumerate(rows):
-        y = top + down * (height + gap)
-        draw.text((8, y + 48), f"{model}\n{REWARDS[r]}", fill=INK, font=font)
-        for across, setting in enumerate(STOCHASTIC):
-            x = left + across * (width + gap)
-            if down == 0:
-                draw.text((x, y - 20), setting, fill=INK, font=font)
-            field(draw, (x, y, width, height), lines_of(results.of(model, setting), setting, r))
-    draw.text((left, size[1] - 20), "network calls before the choice; Spearman's correlation", fill=QUIET, font=font)
-    return image
+    drawing, fields = charts.drawn(9.6, 1.6 * len(rows), len(rows), len(STOCHASTIC))
+    for (model, r), row in zip(rows, fields, strict=True):
+        for setting, field in zip(STOCHASTIC, row, strict=True):
+            for kind, points in lines_of(results.of(model, setting), setting, r).items():
+                at = [count for count, _ in points]
+                means, errors = ([getattr(f, name) for _, f in points] for name in ("spearman", "spearman_error"))
+                field.errorbar(at, means, errors, color=COLOURS[kind], marker="o", markersize=3, label=kind)
+            field.set_xlim(0.8, len(PROJECTED) + 0.2)
+            field.set_ylim(0, 1)
+            field.set_xticks(range(1, len(PROJECTED) + 1))
+        row[0].set_ylabel(f"{model}\n{REWARDS[r]}")
+    for setting, top, bottom in zip(STOCHASTIC, fields[0], fields[-1], strict=True):
+        top.set_title(setting, loc="left")
+        bottom.set_xlabel("network calls before the choice")
+    drawing.supylabel("Spearman's correlation of previews and final rewards", size=10)
+    charts.add_legend(drawing)
+    return drawing
 
 
 def lines_of(groups: Sequence[Group], setting: str, reward: int) -> dict[str, list[tuple[int, Figure]]]:
@@ -320,30 +322,6 @@ def lines_of(groups: Sequence[Group], setting: str, reward: int) -> dict[str, li
         if point is not None:
             lines.setdefault(kind, []).append((calls(kind, step), point))
     return lines
-
-
-def field(
-    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], lines: Mapping[str, Sequence[tuple[int, Figure]]]
-) -> None:
-    """One field of the picture: a line per kind, with bars of one standard error. Values below 0 are drawn at 0."""
-    left, top, width, height = box
-    font = ImageFont.load_default(10)
-
-    def at(count: int, value: float) -> tuple[float, float]:
-        return left + width * (count - 1) / (len(PROJECTED) - 1), top + height * (1 - max(value, 0.0))
-
-    for tenth in range(0, 11, 2):
-        (x, y), (end, _) = at(1, tenth / 10), at(len(PROJECTED), tenth / 10)
-        draw.line((x, y, end, y), (232, 234, 238))
-        draw.text((x - 20, y - 6), f"{tenth / 10:.1f}", QUIET, font)
-    for count in range(1, len(PROJECTED) + 1):
-        draw.text((at(count, 0)[0] - 3, top + height + 2), str(count), QUIET, font)
-    for kind, figures in lines.items():
-        draw.line([at(count, f.spearman) for count, f in figures], COLOURS[kind], 2)
-        for count, f in figures:
-            (x, y), (_, low) = at(count, f.spearman), at(count, f.spearman - f.spearman_error)
-            draw.line((x, 2 * y - low, x, low), COLOURS[kind], 1)
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), COLOURS[kind])
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from charts import INK, QUIET, Figure, drawn, save
+from matplotlib.patches import Rectangle
 from when_pruning_pays import (
     AGREEING,
     AUTO,
@@ -59,7 +60,6 @@ ENGINE = Path("docs/results/engine.json")
 PICTURE = Path("docs/images/when_pruning_pays.png")
 AT = (4e-3, 4)  # the learning rate and prompts at which the norms of updates are compared
 PREVIEW_COSTS = (0.0, REWARD, 0.2, 0.4)
-INK, QUIET = (40, 44, 52), (128, 134, 144)
 
 
 @dataclass(frozen=True)
@@ -432,8 +432,7 @@ def write_page(survey: Map) -> None:
     for mark, lines in by_mark.items():
         page = _between(page, mark, lines)
     write_text(PAGE, page)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    picture(survey).save(PICTURE)
+    save(picture(survey), PICTURE)
 
 
 def _between(page: str, mark: str, lines: Sequence[str]) -> str:
@@ -443,39 +442,41 @@ def _between(page: str, mark: str, lines: Sequence[str]) -> str:
     return before + begin + "\n" + "\n".join(lines).rstrip("\n") + "\n\n" + end + rest.partition(end)[2]
 
 
-def picture(survey: Map) -> Image.Image:
-    """A field for each choice (row), objective or reward (column block) and ratio: green where selection is faster."""
+def picture(survey: Map) -> Figure:
+    """A box for each choice (row), objective or reward (column block) and ratio: green where selection is faster."""
     blocks = list(dict.fromkeys((cell.objective, cell.shape) for cell in cells()))
     blocks = [b for b in blocks if survey.results.of(Cell(b[0], "plain 24", b[1]))]
-    names = list(FIXED)
-    width, height, left, top = 46, 24, 150, 50
-    image = Image.new(
-        "RGB", (max(640, left + len(blocks) * (3 * width + 10)), top + (len(names) + 1) * height + 30), "white"
-    )
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    for row, name in enumerate([*names, "auto"]):
-        draw.text((8, top + row * height + 5), name, fill=INK, font=font)
+    names = [*FIXED, "auto"]
+    block = len(RATIOS) + 0.2
+    figure, [[field]] = drawn(1.5 + 0.45 * block * len(blocks), 1 + 0.24 * len(names))
     for column, (objective, shape) in enumerate(blocks):
-        x = left + column * (3 * width + 10)
-        draw.text((x, 8), objective if shape == "smooth" else f"{objective}, {shape}", fill=INK, font=font)
+        title = objective if shape == "smooth" else f"{objective}, {shape}"
+        field.text(column * block, -0.95, title, color=INK, size=10)
         for i, ratio in enumerate(RATIOS):
-            draw.text((x + i * width + 4, 28), f"R {ratio:g}", fill=QUIET, font=font)
-            for row, name in enumerate([*names, AUTO[ratio]]):
-                f = survey.finding(Cell(objective, name, shape), 0.9, ratio)
-                box = (x + i * width, top + row * height, x + (i + 1) * width - 2, top + (row + 1) * height - 2)
+            x = column * block + i
+            field.text(x + 0.5, -0.3, f"R {ratio:g}", color=QUIET, ha="center")
+            for y, name in enumerate(names):
+                f = survey.finding(Cell(objective, AUTO[ratio] if name == "auto" else name, shape), 0.9, ratio)
                 if f is not None:
-                    draw.rectangle(box, fill=_colour(f.speed))
-                    draw.text((box[0] + 8, box[1] + 5), f"{'' if f.reaches else '<'}{f.speed:.2f}", INK, font)
-    note = "speed to 90 % of plain GRPO's gain, over the best plain group at equal cost; 1 is no gain"
-    draw.text((8, image.height - 22), note, fill=QUIET, font=font)
-    return image
+                    field.add_patch(Rectangle((x, y), 0.96, 0.92, color=_colour(f.speed)))
+                    text = f"{'' if f.reaches else '<'}{f.speed:.2f}"
+                    field.text(x + 0.48, y + 0.48, text, color=INK, size=8, ha="center", va="center")
+    field.set_xlim(0, block * len(blocks))
+    field.set_ylim(len(names), -1.6)
+    field.set_xticks([])
+    field.set_yticks([y + 0.46 for y in range(len(names))], names, color=INK)
+    field.grid(False)
+    for edge in field.spines.values():
+        edge.set_visible(False)
+    field.set_xlabel("speed to 90 % of plain GRPO's gain, over the best plain group at equal cost; 1 is no gain")
+    return figure
 
 
-def _colour(speed: float) -> tuple[int, int, int]:
+def _colour(speed: float) -> tuple[float, float, float]:
     """From orange (0.5) over white (1) to green (2)."""
     share = max(-1.0, min(1.0, float(np.log2(speed))))
     towards = (120, 200, 140) if share > 0 else (240, 170, 120)
-    red, green, blue = (round(255 + abs(share) * (c - 255)) for c in towards)
+    red, green, blue = (1 + abs(share) * (c / 255 - 1) for c in towards)
     return red, green, blue
 
 

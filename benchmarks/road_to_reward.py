@@ -35,8 +35,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from charts import COLOURS, Figure, add_legend, drawn, save
 from curves import Curve, reached_at, smoothed
-from PIL import Image, ImageDraw, ImageFont
 from search import Changes, changed, config_of, run
 
 from progrpo.config import Config, resolve_plan, trained_items
@@ -48,11 +48,8 @@ PICTURES, EVALUATIONS = 256, 8
 PROMPTS, GROUP = 6, 24
 MEASURES = {"flipped_reward:FlippedStrict": "shapes_strict"}
 """The reward that measures a run with this one; without an entry it is the same."""
-INK, QUIET = (40, 44, 52), (128, 134, 144)
-COLOURS = (
-    *((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50)),
-    *((20, 150, 170), (160, 120, 40), (90, 100, 110), (230, 90, 160), (110, 170, 30), (70, 60, 160)),
-)
+AXES = {"shapes_strict": "strict accuracy"}
+"""What a picture calls a field of the curves, if not by its name."""
 
 PLAIN: Changes = {
     "model": {"weights": "full", "dtype": "auto"},
@@ -346,38 +343,24 @@ def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
     return f"{distance:.{1 if distance > 1 else 2}f} | {mean(lengths):.3f}"
 
 
-def picture(arms: Mapping[str, str], results: Sequence[dict[str, Any]], measure: str = "reward") -> Image.Image:
+def picture(arms: Mapping[str, str], results: Sequence[dict[str, Any]], measure: str = "reward") -> Figure:
     """A measure over seconds of one core: a line per arm for the mean of its seeds, thin ones for each seed.
 
     Each arm has a label.
     """
-    left, top, width, height = 56, 16, 560, 300
-    image = Image.new("RGB", (left + width + 200, top + height + 48), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    figure, [[field]] = drawn(8.4, 3.6)
     curves = {arm: list(curves_of(results, arm).values()) for arm in arms}
-    points = [point for runs in curves.values() for curve in runs for point in curve]
-    last = max(point["cpu_seconds"] for point in points)
-    low, high = (f(point["reward"] for point in points) for f in (min, max))
-
-    def at(point: Mapping[str, float]) -> tuple[float, float]:
-        share = (point["reward"] - low) / (high - low)
-        return left + width * point["cpu_seconds"] / last, top + height * (1 - share)
-
-    for value in (low, (low + high) / 2, high):
-        y = at({"cpu_seconds": 0, "reward": value})[1]
-        draw.line((left, y, left + width, y), fill=(225, 228, 232))
-        draw.text((8, y - 7), f"{value:.3f}", fill=QUIET, font=font)
     shown = [(arm, runs) for arm, runs in curves.items() if runs]
-    for place, ((arm, runs), colour) in enumerate(zip(shown, cycle(COLOURS), strict=False)):
+    for (arm, runs), colour in zip(shown, cycle(COLOURS), strict=False):
         for curve in runs:
-            draw.line([at(point) for point in curve], fill=colour, width=1)
-        draw.line([at(point) for point in mean_curve(runs)], fill=colour, width=3)
-        draw.text((left + width + 14, top + 20 * place), arms[arm], fill=colour, font=font)
-    draw.text((left, top + height + 8), "0", fill=QUIET, font=font)
-    draw.text((left + width - 20, top + height + 8), f"{last:.0f}", fill=QUIET, font=font)
-    axis = f"{measure} on validation prompts by seconds of one core; thick: mean of seeds"
-    draw.text((left + 60, top + height + 24), axis, fill=INK, font=font)
-    return image
+            field.plot(*zip(*in_unit(curve, "cpu_seconds"), strict=True), color=colour, linewidth=0.6, alpha=0.5)
+        middle = in_unit(mean_curve(runs), "cpu_seconds")
+        field.plot(*zip(*middle, strict=True), color=colour, linewidth=2.2, label=arms[arm])
+    field.set_xlim(left=0)
+    field.set_xlabel("seconds of one core in training (thick: mean of seeds)")
+    field.set_ylabel(f"{AXES.get(measure, measure)}, validation prompts")
+    add_legend(figure)
+    return figure
 
 
 def main() -> None:
@@ -424,8 +407,7 @@ def main() -> None:
         if arguments.picture:
             arms = arguments.arms or list(study.arms)
             labels = dict(zip(arms, arguments.labels or arms, strict=True))
-            drawn = picture(labels, results, arguments.measure or "reward")
-            drawn.save(arguments.picture, optimize=True)
+            save(picture(labels, results, arguments.measure or "reward"), arguments.picture)
         return
     until = time.monotonic() + 60 * arguments.minutes
     task: Changes = {"reward": {"terms": [{"name": arguments.reward}]}, "model": {"path": arguments.model}}

@@ -129,6 +129,16 @@ QUICKSTART = changed(changed(GROUPS, FORMER), {"audit": {"every": 5}})
 SMALL = changed(QUICKSTART, {"iterations": 230, "prompts": {"per_iteration": 6}, "audit": {"every": 0}})
 # The diffusion model's recipe until December 2026
 UNET = changed(GROUPS, {**FORMER, "iterations": 50, "model": {"path": "shapes-diffusion"}, "audit": {"every": 10}})
+# That of 1 December 2026: plain groups, and a reward that is half the strict verdict
+UNET_SMALL = changed(
+    DECEMBER,
+    {
+        "iterations": 110,
+        "model": {"path": "shapes-diffusion"},
+        "optim": {"lr": 1e-4},
+    },
+)
+UNET_MATCH = changed(UNET_SMALL, rewarded("shapes_match"))
 
 TRIALS: dict[str, Changes] = {
     "quickstart": TODAY,
@@ -226,7 +236,10 @@ TRIALS: dict[str, Changes] = {
     "unet 80 iterations": changed(UNET, {"iterations": 80}),
     "unet lr 4e-5": changed(UNET, {"optim": {"lr": 4e-5}}),
     "unet nft": changed(UNET, {"objective": {"name": "nft"}}),
-    "unet small, 110 iterations": to_dict(load_recipe("shapes-diffusion")),
+    "unet small, 110 iterations": UNET_SMALL,
+    "unet match": UNET_MATCH,
+    "unet match, 6 of 12 after 2": changed(UNET_MATCH, {"iterations": 165, "plan": {"prune": [[2, 6]]}}),
+    "unet match, late": changed(UNET_MATCH, {"iterations": 152, "plan": {"prune": [[4, 6]]}}),
     "unet grpo": changed(UNET, {"objective": {"name": "grpo"}, "sampling": {"sde_window": "first"}}),
 }
 

@@ -242,7 +242,9 @@ def test_a_study_of_previews_goes_on_and_writes_its_tables(monkeypatch, tmp_path
     assert again.groups == results.groups and "probe@3" in again.groups[1]["previews"]
     lines = study.table(again, "ode")
     assert len(lines) > 4 and "±" in lines[2] and lines[-1] == "2 groups of shapes-flow, 0 groups of shapes-diffusion."
-    assert study.at_equal_cost(again)[0].startswith("Of 20 pairs") and study.picture(again).size[0] > 600
+    assert study.at_equal_cost(again)[0].startswith("Of 20 pairs")
+    fields = len(study.MODELS) * len(study.REWARDS) * len(study.STOCHASTIC)
+    assert len(study.picture(again).axes) == fields
 
 
 @pytest.mark.slow
