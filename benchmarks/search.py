@@ -141,7 +141,6 @@ UNET_SMALL = changed(
 UNET_MATCH = changed(UNET_SMALL, rewarded("shapes_match"))
 
 TRIALS: dict[str, Changes] = {
-    "quickstart": TODAY,
     "quickstart of 1 December": DECEMBER,
     # as much work: half of the twelve are stopped before the last call
     "quickstart, late": changed(DECEMBER, {"iterations": 330, "plan": {"prune": [[4, 6]]}}),
@@ -151,7 +150,8 @@ TRIALS: dict[str, Changes] = {
     "match": MATCH,
     "match, at 3e-4": changed(MATCH, {"optim": {"lr": 3e-4}}),
     "match, 6 of 12 after 2": MATCH_EARLY,
-    "match, 6 of 12 after 2, at 3e-4": changed(MATCH_EARLY, {"optim": {"lr": 3e-4}}),
+    "match, 6 of 12 after 2, at 3e-4": changed(MATCH_EARLY, {"optim": {"lr": 3e-4}}),  # the quickstart
+    "match, 6 of 12 after 2, at 3e-4, 280 updates": changed(MATCH_EARLY, {"iterations": 280, "optim": {"lr": 3e-4}}),
     "match, six, at 3e-4": changed(MATCH, {"iterations": 440, "plan": {"group_size": 6}, "optim": {"lr": 3e-4}}),
     "quickstart, own deviations": GROUPS,
     "quickstart, one draw": changed(GROUPS, {"objective": {"dgpo": {"draws": 1}}}),

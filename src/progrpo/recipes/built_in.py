@@ -60,13 +60,13 @@ def quickstart() -> Config:
     return replace(
         base,
         recipe="quickstart",
-        iterations=280,
+        iterations=310,
         plan=replace(base.plan, prune=((2, 6),)),
         reward=RewardSettings((RewardTerm("shapes_match"),)),
         optim=replace(base.optim, lr=3e-4),
-        audit=AuditSettings(every=35),
-        eval=replace(base.eval, every=70),
-        checkpoint=CheckpointSettings(every=35),
+        audit=AuditSettings(every=31),
+        eval=replace(base.eval, every=62),
+        checkpoint=CheckpointSettings(every=31),
     )
 
 
