@@ -73,6 +73,7 @@ EARLY: Changes = {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}
 EARLY_SIX: Changes = {"plan": {"group_size": 12, "prune": [[2, 6]]}}
 EARLY_QUARTER: Changes = {"plan": {"group_size": GROUP, "prune": [[2, 6]]}}
 SIX: Changes = {"plan": {"group_size": 6}}
+ONE_PROMPT: Changes = {"prompts": {"per_iteration": 1}}
 AUTO: Changes = {"plan": {"preset": "auto", "group_size": GROUP}, "audit": {"every": 5}}
 AS_AUTO = Plan(GROUP, (PrunePoint(3, 6),))
 """A plan of those that `auto` takes in six steps. Its work stands for that of `auto`, which is not known before."""
@@ -92,6 +93,7 @@ DGPO_ARMS: dict[str, Changes] = {
     "dgpo, KL 0.01, 6 of 12 after 4": changed(HELD, LATE),
     "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(HELD, UNIFORM_LATE),
     "dgpo, KL 0.01, plain 6": changed(HELD, SIX),
+    "dgpo, KL 0.01, plain 12, one prompt": changed(HELD, ONE_PROMPT),
     "dgpo, KL 0.01, auto": changed(HELD, AUTO),
     **{
         f"{name}, KL 0.01, 6 of 12 after 4": changed(

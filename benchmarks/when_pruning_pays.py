@@ -258,6 +258,8 @@ def cells() -> Iterator[Cell]:
     for shape in SHAPES:
         for choice in ("plain 24", *(name for name in MAIN if name != "plain 24")):
             yield Cell("grpo", choice, shape)
+    for choice in AUTO.values():
+        yield Cell("grpo", choice, "binary")
 
 
 def more_cells() -> Iterator[Cell]:
