@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import pstdev
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -29,8 +30,9 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def film(run: Path, num_rows: int = 8) -> Image.Image:
-    """The last audit group: a row per member, from the best final reward to the worst, `num_rows` of them."""
-    record = json.loads(sorted((run / "audit").glob("*.json"))[-1].read_text())
+    """The audit group whose final rewards differ most: a row per member, `num_rows` of them, the best reward first."""
+    records = [json.loads(path.read_text()) for path in sorted((run / "audit").glob("*.json"))]
+    record = max(records, key=lambda r: pstdev(reward or 0 for reward in r["final"]))
     sheet = Image.open(run / record["strip"]).convert("RGB")
     order = sorted(range(len(record["final"])), key=lambda m: -(record["final"][m] or 0))
     order = [order[round(i * (len(order) - 1) / (num_rows - 1))] for i in range(num_rows)]
@@ -84,7 +86,7 @@ def before_after(run: Path, count: int = 12) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run whose last audit group and test pictures are shown")
+    parser.add_argument("run", type=Path, help="the run whose audit group and test pictures are shown")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     film(arguments.run).save(OUT / "film.png", optimize=True)
