@@ -247,6 +247,24 @@ def test_a_study_of_previews_goes_on_and_writes_its_tables(monkeypatch, tmp_path
     assert len(study.picture(again).axes) == fields
 
 
+def test_where_previews_rank_as_final_rewards_the_simulated_variance_is_the_audited_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study = importlib.import_module("audited_variance")
+    generator = torch.Generator().manual_seed(0)
+    audits = []
+    for _ in range(40):
+        final_G = torch.randn(12, generator=generator, dtype=torch.float64)
+        kept = study.ovf(final_G[None], 6, torch.ones(1, 12, dtype=torch.bool), torch.zeros(1)).indices_PK[0]
+        variance = float(final_G[kept].var(correction=0) / final_G.var(correction=0))
+        audits.append(
+            {"steps": [0], "used": [final_G.tolist()], "final": final_G.tolist(), "keep": [6], "variance": [variance]}
+        )
+    _, agreement, audited, simulated = study.table(audits).splitlines()[-1].strip("| ").split(" | ")
+    assert float(agreement) == 1.0
+    value, error = map(float, audited.split(" ± "))
+    assert abs(float(simulated) - value) < 2 * error
+
+
 @pytest.mark.slow
 def test_a_draft_without_a_correction_is_the_preview_in_as_many_parts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
