@@ -138,6 +138,13 @@ def test_a_preset_takes_the_place_of_a_recipes_custom_plan(capsys, args):
     assert new["path"] == [24]
 
 
+@pytest.mark.parametrize("args", [("--plan.preset", "flash"), ("--plan", "flash")])
+def test_a_preset_keeps_what_is_not_of_a_custom_plan(capsys, tmp_path, args):
+    file = tmp_path / "mine.json"
+    file.write_text('{"plan": {"preset": "custom", "group_size": 6, "prune": [[1, 4]], "keep_groups": 4}}')
+    assert json.loads(printed(capsys, "plan", str(file), "--json", *args))["groups"] == [12, 4]
+
+
 def test_plan_prints_a_table(capsys):
     rows = dict(line.split(maxsplit=1) for line in printed(capsys, "plan", "smoke").splitlines())
     assert rows["recipe"] == "smoke" and rows["path"] == "6 4" and rows["nfe_per_prompt"] == str(6 * 4 + 4 * 2)

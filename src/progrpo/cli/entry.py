@@ -158,7 +158,9 @@ def _parse_with_recipe(kind: type[Train] | type[Plan], command: str, args: list[
     config = load_recipe(args[0])
     if _named_plan(command, args, config.plan) not in ("recipe", "custom"):
         # the named plan has a group and points of its own, so those of the recipe's custom plan must go
-        config = replace(config, plan=PlanSettings(selector=config.plan.selector))
+        own = PlanSettings()
+        plan = replace(config.plan, group_size=own.group_size, prune=own.prune, final_keep=own.final_keep)
+        config = replace(config, plan=plan)
     return parse_options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=config))
 
 
