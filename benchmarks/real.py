@@ -107,11 +107,9 @@ def rehearsal(world: str) -> Scale:
         audit=AuditSettings(every=2),
         eval=EvalSettings(prompts=prompts, pictures=12, every=4),
     )
-    small = {"none": (6, ()), "standard": (12, ((5, 6), (7, 4))), "flash": (6, ((5, 5), (7, 4))), "auto": (6, ())}
-    plans = {
-        name: PlanSettings("custom", group_size=size, prune=prune, adaptive=name == "auto")
-        for name, (size, prune) in small.items()
-    }
+    small = {"none": (6, ()), "standard": (12, ((5, 6), (7, 4))), "flash": (6, ((5, 5), (7, 4)))}
+    plans = {name: PlanSettings("custom", group_size=size, prune=prune) for name, (size, prune) in small.items()}
+    plans["auto"] = PlanSettings("custom", group_size=6, final_keep=4, adaptive=True)
     return Scale("rehearsal", base, judges, 0.006, (0, 1), plans)
 
 

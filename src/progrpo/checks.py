@@ -14,8 +14,9 @@ from progrpo.config import (
     to_dict,
     trains_transitions,
 )
-from progrpo.objectives.settings import OBJECTIVES
-from progrpo.rollout.settings import SAMPLERS, SamplingSettings
+from progrpo.objectives.settings import OBJECTIVES, GRPOSettings
+from progrpo.rollout.plan import Plan
+from progrpo.rollout.settings import SAMPLERS
 from progrpo.settings import check_kinds, check_rules
 
 
@@ -32,23 +33,37 @@ def check(config: Config) -> None:
 
 
 def _check_between_rooms(config: Config) -> None:
-    objective = config.objective
+    if trains_transitions(config):
+        _check_trained_steps(config)
+        _check_sampler(config)
+    plan = resolve_plan(config)
+    _check_sampling(config, plan)
+    _check_objective(config, plan)
+    _check_processes(config, plan)
+    if not config.prompts.pairs:  # the plan is not read for recorded pairs
+        _check_plan(config, plan)
+
+
+def _check_sampling(config: Config, plan: Plan) -> None:
     sampling = config.sampling
-    plan = config.plan
     if sampling.negative_prompt:
         _check_negative_prompt(config)
-    if config.prompts.pairs:
-        _check_pairs(config)
-    elif objective.loss.group_size is not None:
-        _check_group_size(config, objective.loss.group_size)
-    if trains_transitions(config):
-        _check_trained_steps(sampling)
-        _check_sampler(config)
-    if sampling.same_latent and not stochastic_steps(config, 0):
+    if not sampling.same_latent:
+        return
+    if not stochastic_steps(config, 0):
         raise ValueError(
             "sampling.same_latent must be false where no step adds noise (sampling.sde_window): a group's members would"
             " be equal"
         )
+    _check_same_latent(config, plan)
+
+
+def _check_objective(config: Config, plan: Plan) -> None:
+    objective = config.objective
+    if config.prompts.pairs:
+        _check_pairs(config)
+    elif objective.loss.group_size is not None:
+        _check_group_size(config, plan, objective.loss.group_size)
     if config.optim.reuse_rollout and not trains_transitions(config):
         raise ValueError(
             f"optim.reuse_rollout must be false for objective.name {objective.name}: it trains noise levels that were"
@@ -58,29 +73,39 @@ def _check_between_rooms(config: Config) -> None:
         raise ValueError(
             "reward.noise must be empty for objective.advantage gdpo, where members are chosen by normalised rewards"
         )
+
+
+def _check_processes(config: Config, plan: Plan) -> None:
     if config.prompts.split_groups:
-        _check_split_groups(config)
+        _check_split_groups(config, plan)
     if config.model.shard:
         _check_shard(config)
-    if sampling.same_latent:
-        _check_same_latent(config)
-    follower = "plan.adaptive" if plan.adaptive else "plan.preset auto"
-    for name, active in ((follower, plan.follows_audits), ("preview.probe", config.preview.probe)):
-        if active and not config.audit.every and not config.prompts.pairs:
+
+
+def _check_plan(config: Config, plan: Plan) -> None:
+    """Refuse a plan without the audits that it follows, and one that leaves the objective too little to learn from."""
+    settings, objective = config.plan, config.objective
+    follower = "plan.adaptive" if settings.adaptive else "plan.preset auto"
+    for name, active in ((follower, settings.follows_audits), ("preview.probe", config.preview.probe)):
+        if active and not config.audit.every:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
-    if (plan.follows_audits or resolve_plan(config).prune) and objective.baseline == "group":
+    if settings.adaptive and plan.survivors == plan.group_size:
+        raise ValueError(
+            f"plan.adaptive must be false for a plan that trains on all {plan.group_size} members of a group: it takes"
+            " plans with as many survivors or more, of which there is no other; plan.preset auto may take fewer"
+        )
+    if (settings.follows_audits or plan.finalists < plan.group_size) and objective.baseline == "group":
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
-    if plan.follows_audits and objective.advantage == "gdpo":
+    if settings.follows_audits and objective.advantage == "gdpo":
         raise ValueError(
             f"objective.advantage must be group or batch for {follower}, not gdpo: what a plan is worth is known for"
             " advantages of the sum of rewards, and gdpo gives each reward its own std"
         )
-    keep_groups = resolve_plan(config).keep_groups
-    if keep_groups is not None:
-        _check_keep_groups(config, keep_groups)
+    if plan.keep_groups is not None:
+        _check_keep_groups(config, plan.keep_groups)
 
 
 def _check_pairs(config: Config) -> None:
@@ -99,11 +124,10 @@ def _check_pairs(config: Config) -> None:
             raise ValueError(f"prompts.pairs must be empty for {name}: a pair has one preference and stays whole")
 
 
-def _check_group_size(config: Config, group_size: int) -> None:
+def _check_group_size(config: Config, plan: Plan, group_size: int) -> None:
     """Refuse plans after which a group has another number of members than the objective takes."""
-    survivors = resolve_plan(config).survivors
-    if config.plan.follows_audits or survivors != group_size:
-        has = "one that follows audits" if config.plan.follows_audits else f"one of {survivors}"
+    if config.plan.follows_audits or plan.survivors != group_size:
+        has = "one that follows audits" if config.plan.follows_audits else f"one of {plan.survivors}"
         raise ValueError(
             f"plan must keep {group_size} members of a group for objective.name {config.objective.name}, not be {has};"
             " --plan.preset custom --plan.group-size 12 --plan.final-keep 2 takes the best and the worst of twelve, and"
@@ -111,7 +135,9 @@ def _check_group_size(config: Config, group_size: int) -> None:
         )
 
 
-def _check_trained_steps(sampling: SamplingSettings) -> None:
+def _check_trained_steps(config: Config) -> None:
+    """Refuse sampling without a step that an objective of transitions can train."""
+    sampling = config.sampling
     if not sampling.num_trainable_steps:
         raise ValueError(
             "sampling.num_inference_steps must be at least 2, not 1, since the last step is not trained"
@@ -119,23 +145,26 @@ def _check_trained_steps(sampling: SamplingSettings) -> None:
         )
     if sampling.sde_window == "none":
         raise ValueError(
-            "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
-            f" set it to auto, or take an objective that needs none: {', '.join(list(OBJECTIVES)[1:])}"
+            f"sampling.sde_window must leave objective.name {config.objective.name} stochastic steps to train, so not"
+            f" be none; set it to auto, or take an objective that needs none: {', '.join(list(OBJECTIVES)[1:])}"
         )
 
 
 def _check_sampler(config: Config) -> None:
-    """Refuse ratios and distances that the sampler does not have."""
-    grpo = config.objective.grpo
+    """Refuse GRPO's ratios and distances that the sampler does not have."""
+    grpo = config.objective.loss
+    if not isinstance(grpo, GRPOSettings):
+        return
+    section = "objective.grpo" if config.objective.name == "grpo" else "objective.custom"
     sampler, facts = config.sampling.sampler, config.sampling.sampler_facts
     if grpo.ratio == "guard" and not facts.has_density:
         raise ValueError(
-            f"objective.grpo.ratio guard must go with a sampler whose log-prob is a density, not {sampler}; take cps"
+            f"{section}.ratio guard must go with a sampler whose log-prob is a density, not {sampler}; take cps"
         )
     if grpo.kl_form == "flow_grpo" and sampler != "auto" and not facts.flow_only:
         with_rate = ", ".join(name for name, built_in in SAMPLERS.items() if built_in.facts.flow_only)
         raise ValueError(
-            f"objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate ({with_rate}), not"
+            f"{section}.kl_form flow_grpo must go with a sampler that has a diffusion rate ({with_rate}), not"
             f" {sampler}; take exact"
         )
 
@@ -153,9 +182,8 @@ def _check_negative_prompt(config: Config) -> None:
         )
 
 
-def _check_same_latent(config: Config) -> None:
+def _check_same_latent(config: Config, plan: Plan) -> None:
     """Refuse a plan that prunes members with one initial latent before noise has made them differ."""
-    plan = resolve_plan(config)
     if compares_equal_members(config, plan):
         latest = last_equal_step(config)
         raise ValueError(
@@ -187,7 +215,7 @@ def _check_keep_groups(config: Config, keep_groups: int) -> None:
             raise ValueError(f"plan.keep_groups must be empty for {name}: {reason}")
 
 
-def _check_split_groups(config: Config) -> None:
+def _check_split_groups(config: Config, plan: Plan) -> None:
     """Refuse split groups for what needs a whole group while it is sampled or trained."""
     whole = {
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
@@ -196,7 +224,7 @@ def _check_split_groups(config: Config) -> None:
         "preview.probe": config.preview.probe,
         "optim.reuse_rollout": config.optim.reuse_rollout,
         "reward.waves above 1": config.reward.waves > 1,
-        "plan.keep_groups": resolve_plan(config).keep_groups is not None,
+        "plan.keep_groups": plan.keep_groups is not None,
     }
     for name, active in whole.items():
         if active:

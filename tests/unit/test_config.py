@@ -12,6 +12,7 @@ from progrpo.checks import check
 from progrpo.config import (
     Config,
     EvalSettings,
+    GRPOSettings,
     ModelSettings,
     ObjectiveSettings,
     OptimSettings,
@@ -34,6 +35,7 @@ from progrpo.config import (
     trains_transitions,
 )
 from progrpo.messages import nearest
+from progrpo.objectives.settings import LossSettings, Stored
 from progrpo.rollout.plan import PRESETS, Plan, PrunePoint
 from progrpo.settings import Values, field_paths
 
@@ -47,6 +49,20 @@ EVERYTHING_SET = Config(
 )
 STOPS_GROUPS = Plan(6, (PrunePoint(1, 4),), keep_groups=1)
 NOISY = {"terms": [{"name": "shapes"}, {"name": "nsfw", "weight": 0.0}], "noise": "nsfw"}
+
+
+class OfTransitions:
+    """An objective of one's own that trains transitions."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings(LossSettings):
+        @property
+        def stores(self) -> Stored:
+            return "transitions"
+
+
+class LikeGRPO:
+    Settings = GRPOSettings
 
 
 @pytest.mark.parametrize("config", [Config(), EVERYTHING_SET])
@@ -202,7 +218,17 @@ def test_values_out_of_range_are_refused_by_name(config, start):
 
 
 def test_the_group_is_a_baseline_where_all_of_it_is_rewarded():
-    check(Config(objective=ObjectiveSettings(baseline="group"), plan=PlanSettings(preset="posthoc")))
+    keeps_all = {"preset": "custom", "group_size": 24, "prune": [[2, 24]], "final_keep": 12}
+    pairs = {"objective": {"name": "sft"}, "prompts": {"pairs": "pairs.jsonl"}}
+    for fields in ({"plan": {"preset": "posthoc"}}, {"plan": keeps_all}, {"plan": {"preset": "auto"}, **pairs}):
+        check(from_dict({**fields, "objective": {**fields.get("objective", {}), "baseline": "group"}}))
+
+
+@pytest.mark.parametrize("plan", [{"preset": "none"}, {"preset": "custom", "group_size": 6, "prune": [[2, 6]]}])
+def test_a_plan_that_trains_on_everyone_has_nothing_to_adapt(plan):
+    with pytest.raises(ValueError, match=r"^plan.adaptive must be false for a plan that trains on all \d+ members"):
+        check(from_dict({"plan": {**plan, "adaptive": True}}))
+    check(from_dict({"plan": {**plan, "final_keep": 4, "preset": "custom", "adaptive": True}}))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -400,6 +426,21 @@ def test_flow_grpos_kl_goes_with_a_diffusion_rate(sampler):
             "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance,"
             f" flow_grpo_wan), not {sampler}; take exact"
         )
+
+
+def test_grpos_own_section_is_read_for_grpo_alone():
+    mine = {"name": f"{__name__}:OfTransitions"}
+    check(from_dict({"sampling": {"sampler": "cps_reduced"}, "objective": {**mine, "grpo": {"ratio": "guard"}}}))
+    check(from_dict({"sampling": {"sampler": "cps"}, "objective": {**mine, "grpo": {"kl_form": "flow_grpo"}}}))
+    with pytest.raises(ValueError) as refused:
+        check(from_dict({"sampling": {"sde_window": "none"}, "objective": mine}))
+    assert f"must leave objective.name {__name__}:OfTransitions stochastic steps" in str(refused.value)
+
+
+def test_an_objective_of_ones_own_with_grpos_settings_has_grpos_rules():
+    sections = {"name": f"{__name__}:LikeGRPO", "custom": {"ratio": "guard"}}
+    with pytest.raises(ValueError, match=r"^objective.custom.ratio guard must go with a sampler whose log-prob"):
+        check(from_dict({"sampling": {"sampler": "cps_reduced"}, "objective": sections}))
 
 
 def test_a_guarded_ratio_goes_with_a_density():
