@@ -10,7 +10,8 @@ import pytest
 
 from progrpo.config import Config, EvalSettings, ModelSettings, to_dict
 from progrpo.suites.table import SUITES
-from progrpo.training.suite_inputs import SuiteRequest
+from progrpo.training.distributed import Ranks
+from progrpo.training.suite_inputs import SuiteRequest, load_inputs
 from progrpo.training.trained_model import ModelChoice
 
 
@@ -61,3 +62,18 @@ def test_models_differ_by_their_weights_and_not_by_their_names(run):
     assert not asked.draw_alike(a, b) and asked.draw_alike(a, a) and not asked.draw_alike(a, base)
     assert asked.draw_alike(base, ModelChoice("shapes-flow"))
     assert not asked.draw_alike(base, replace(base, target="elsewhere", before=False))
+
+
+def test_a_published_metric_that_is_not_built_in_is_a_note(tmp_path):
+    copy = tmp_path / "dpg_bench.csv"
+    copy.write_text("item_id,text\nfox1,A fox.\n")
+    asked = SuiteRequest(
+        SUITES["dpg"],
+        (ModelChoice("shapes-flow"),),
+        tmp_path,
+        prompts=str(copy),
+        rewards=("jpeg_compressibility",),
+        features="pixels",
+    )
+    notes = load_inputs(asked, Ranks()).notes
+    assert notes == ["the published metric of dpg is left out: mPLUG is asked the questions of the column questions"]

@@ -59,13 +59,7 @@ class Suite:
     mean_of_kinds: bool = False
     """Whether its score is the mean over kinds, and not over pictures."""
     not_measured: str = ""
-    """A sentence on the published metric that is not built in; empty: it is."""
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of its files' names; empty where a dataset has none."""
-        files = () if self.published is None else self.published.files
-        return tuple(dict.fromkeys(name[name.rindex(".") :] for name in files))
+    """A clause on why the published metric is not built in; empty: it is."""
 
 
 _RAW = "https://raw.githubusercontent.com"
@@ -174,7 +168,7 @@ _SUITES = (
         text="text",
         one_of="item_id",
         per_prompt=4,
-        not_measured="its score asks mPLUG the questions of the column questions",
+        not_measured="mPLUG is asked the questions of the column questions",
     ),
 )
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _SUITES}

@@ -150,7 +150,9 @@ def load_inputs(request: SuiteRequest, ranks: Ranks) -> SuiteInputs:
     grid = Grid(prompts, request.per_prompt or request.suite.per_prompt, request.suite.mean_of_kinds)
     rewards, reward_notes = _load_rewards(request, [item.prompt for item in prompts], ranks)
     diversity, diversity_notes = _load_diversity(request, ranks)
-    notes = [*prompt_notes, *reward_notes, *diversity_notes]
+    not_measured = request.suite.not_measured
+    metric_notes = [f"the published metric of {request.suite.name} is left out: {not_measured}"] if not_measured else []
+    notes = [*metric_notes, *prompt_notes, *reward_notes, *diversity_notes]
     return SuiteInputs(grid, digest(whole), len(whole), rewards, diversity, notes)
 
 
