@@ -181,7 +181,7 @@ def last_equal_step(config: Config) -> int:
     sampling = config.sampling
     if not sampling.same_latent:
         return -1
-    return sampling.window_end - sampling.sde_window_size if sampling.sde_window in ("sliding", "random") else 0
+    return sampling.last_start
 
 
 def compares_equal_members(config: Config, plan: Plan) -> bool:

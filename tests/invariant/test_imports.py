@@ -44,7 +44,7 @@ MAY_SEE = {
     "progrpo.settings": ("progrpo.messages",),
     "progrpo.registry": ("progrpo.messages", "progrpo.settings"),
     "progrpo.config": (*SETTINGS, "progrpo.rollout.plan", "progrpo.types"),
-    "progrpo.checks": (*SETTINGS, "progrpo.config"),
+    "progrpo.checks": (*SETTINGS, "progrpo.rollout.plan", "progrpo.config"),
     "progrpo.diffusion": (),
     "progrpo.packing": (),
     "progrpo.frames": (),

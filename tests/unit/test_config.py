@@ -159,6 +159,10 @@ def test_defaults_are_right():
         (Config(sampling=SamplingSettings(noise_level=0.0)), "sampling.noise_level must be above 0"),
         (Config(sampling=SamplingSettings(noise_level=float("nan"))), "sampling.noise_level must be above 0"),
         (Config(sampling=SamplingSettings(shift=-1.0)), "sampling.shift must be above 0, or empty"),
+        (
+            Config(sampling=SamplingSettings(sde_window_end=-3)),
+            "sampling.sde_window_end must be at least 1, or empty for all steps that can be trained, not -3",
+        ),
         (Config(sampling=SamplingSettings(guidance_scale=0.5)), "sampling.guidance_scale must be at least 1, not 0.5"),
         (Config(sampling=SamplingSettings(num_inference_steps=1)), "sampling.num_inference_steps must be at least 2"),
         (
@@ -339,7 +343,7 @@ def test_one_step_is_enough_for_what_trains_no_step(objective):
         ({"sde_window_interval": 0}, "sampling.sde_window_interval must be at least 1, not 0"),
         (
             {"sde_window_end": 0},
-            "sampling.sde_window_size must be at most the 0 steps that a window may lie in, not 3",
+            "sampling.sde_window_end must be at least 1, or empty for all steps that can be trained, not 0",
         ),
     ],
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from progrpo.rollout.window import window
+from progrpo.rollout.window import WINDOWS, last_start, window
 
-KINDS = ("first", "sliding", "random")
+KINDS = tuple(WINDOWS)
 
 
 def steps(kind, iteration, size=3, end=9, interval=25, seed=0):
@@ -25,6 +25,13 @@ def test_a_window_has_its_size_and_lies_before_the_end(kind, size, end):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_as_large_as_its_place_never_moves(kind):
     assert {steps(kind, i, size=5, end=5, interval=1, seed=i) for i in range(40)} == {range(5)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_start_is_that_of_the_latest_window(kind):
+    starts = [steps(kind, iteration, size=3, end=7, interval=1).start for iteration in range(60)]
+    assert max(starts) == last_start(kind, size=3, end=7)
+    assert last_start("all", size=3, end=7) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

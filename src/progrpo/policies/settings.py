@@ -28,7 +28,7 @@ class ModelSettings:
     """The weights that are trained: low-rank adapters (`lora`, by peft) or all weights of the denoiser (`full`).
     The reference of a fresh LoRA is the model without it.
     The reference of full weights is a frozen copy.
-    The copy is kept only if the objective measures a distance to it (kl_beta above 0, or dgpo)."""
+    The copy is kept only if the objective measures a distance to it (kl_beta above 0, dgpo or dpo)."""
     lora: str = ""
     """A LoRA to train further; empty: a fresh one.
     It is a run folder, a folder in diffusers' or peft's format (with adapter_config.json), a safetensors file,

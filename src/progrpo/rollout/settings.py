@@ -11,7 +11,7 @@ from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
 from progrpo.messages import quoted
 from progrpo.registry import choices_of, load_named, one_of
 from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, plans, preset
-from progrpo.rollout.window import window
+from progrpo.rollout.window import WINDOWS, last_start, window
 from progrpo.settings import NUM_STEPS, Rule, above, at_least, between, setting
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class SamplingSettings:
     `auto`: `all` if the objective trains transitions, otherwise `none`."""
     sde_window_size: int = setting(3, at_least(1))
     """The number of steps in a window."""
-    sde_window_end: int | None = None
+    sde_window_end: int | None = setting(None, at_least(1).or_empty(" for all steps that can be trained"))
     """Windows lie before this step; empty: all steps that can be trained."""
     sde_window_interval: int = setting(25, at_least(1))
     """The number of iterations after which a sliding window moves on by one step."""
@@ -131,6 +131,11 @@ class SamplingSettings:
         """The step before which windows lie."""
         return self.num_trainable_steps if self.sde_window_end is None else self.sde_window_end
 
+    @property
+    def last_start(self) -> int:
+        """The last step at which the stochastic steps of an iteration begin."""
+        return last_start(self.sde_window, size=self.sde_window_size, end=self.window_end)
+
     def stochastic_steps(self, iteration: int, trains_transitions: bool, seed: int) -> range:
         """The zero-based steps of an iteration at which sampling adds noise."""
         kind = self.sde_window
@@ -143,7 +148,7 @@ class SamplingSettings:
 
     def check(self) -> None:
         """Raise ValueError for a window that does not fit into the steps, and for more noise than a sampler can add."""
-        if self.sde_window in ("first", "sliding", "random"):
+        if self.sde_window in WINDOWS:
             self._check_window()
         most = self.sampler_facts.max_noise_level
         if (self.noise_level or 0) > most:

@@ -15,12 +15,18 @@ def window(kind: str, iteration: int, *, size: int, end: int, interval: int, see
     """
     last = end - size
     assert last >= 0, "a window must fit"
-    first = _FIRST[kind](iteration, last, interval, seed)
+    first = WINDOWS[kind](iteration, last, interval, seed)
     return range(first, first + size)
 
 
-_FIRST: dict[str, Callable[[int, int, int, int], int]] = {
+def last_start(kind: str, *, size: int, end: int) -> int:
+    """The last zero-based step at which a window begins in any iteration; 0 for a kind that is no window."""
+    return end - size if kind in WINDOWS and kind != "first" else 0
+
+
+WINDOWS: dict[str, Callable[[int, int, int, int], int]] = {
     "first": lambda iteration, last, interval, seed: 0,
     "sliding": lambda iteration, last, interval, seed: iteration // interval % (last + 1),
     "random": lambda iteration, last, interval, seed: random.Random(f"{seed} {iteration}").randint(0, last),
 }
+"""The first step of a window: a function of the iteration, the last first step, `interval` and `seed`."""
