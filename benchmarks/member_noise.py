@@ -40,7 +40,7 @@ from progrpo.prompts.order import make_order
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.plan_value import of_prompt
+from progrpo.rollout.plan_value import prompt_signal
 from progrpo.rollout.preview import score
 from progrpo.rollout.prune import Selector, furthest, ovf, uniform
 from progrpo.training.distributed import Ranks
@@ -262,7 +262,7 @@ def study(name: str, shape: str, after: int, prompts: int, keeps: Sequence[int])
                 **{"keep": keep, "signal": signal, "error": error},
                 **{"over ovf": over_ovf, "over ovf, error": over_ovf_error},
                 **{"k V": k_v / whole[0], "with noise": with_noise / whole[1]},
-                "promise": of_prompt(k_v, own_direction) / of_prompt(whole[0], own_direction),
+                "promise": prompt_signal(k_v, own_direction) / prompt_signal(whole[0], own_direction),
             }
             rows.append({"choice": choice, **{key: round(value, 3) for key, value in numbers.items()}})
     facts = {"lengths": lengths, "slope": round(slope, 3), "share": round(share, 3)}

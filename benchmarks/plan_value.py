@@ -49,7 +49,7 @@ from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint, path, preset, unit_costs
-from progrpo.rollout.plan_value import Simulation, of_prompt
+from progrpo.rollout.plan_value import Simulation, prompt_signal
 from progrpo.rollout.preview import preview, score
 from progrpo.rollout.prune import ovf
 from progrpo.rollout.sampler import Sampler
@@ -295,7 +295,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     agreement_T = [float(np.mean([v or 0.0 for v in step])) for step in zip(*agreements, strict=True)]
     simulation = Simulation.of(agreement_T, finals, options.members)
     own_direction = own_noise(gradients["none"], halves) / simulation.signal(named["none"], ovf)
-    expected = {name: of_prompt(simulation.signal(plan, ovf), own_direction) for name, plan in named.items()}
+    expected = {name: prompt_signal(simulation.signal(plan, ovf), own_direction) for name, plan in named.items()}
     results = {}
     for name, plan in named.items():
         ours = worth(gradients[name], gradients["none"], gradients["full"])

@@ -52,7 +52,7 @@ from when_pruning_pays import (
 )
 
 from progrpo.durable import write_text
-from progrpo.rollout.plan_value import of_prompt
+from progrpo.rollout.plan_value import prompt_signal
 from progrpo.zoo.toy.policy import ToyNetwork, ToyPolicy, pretrained
 
 PAGE = Path("docs/results/when_pruning_pays.md")
@@ -134,7 +134,7 @@ class Map:
         """
         noise = self._noise.get(cell.objective)
         known = noise is not None and cell.shape == "smooth"
-        return of_prompt(self.signal(cell), noise["share"] / (GROUP - 1)) if noise and known else 0.0
+        return prompt_signal(self.signal(cell), noise["share"] / (GROUP - 1)) if noise and known else 0.0
 
     def _over_plain(self, cell: Cell, ratio: float, signal: Callable[[Cell], float]) -> float:
         """A signal per cost over the best of plain groups."""

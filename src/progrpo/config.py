@@ -220,8 +220,8 @@ def plan_costs(config: Config, plan: Plan) -> PlanCosts:
     Where the calls that a group shares differ between iterations, they are those of the first one.
     """
     sampling, prompts = config.sampling, config.prompts.per_iteration
-    of_one, of_all = prompt_cost(config, plan), prompt_cost(config, plan, prompts=prompts)
-    return summary(plan, sampling.num_inference_steps, sampling.in_pairs, of_one, of_all, prompts)
+    per_prompt, per_iteration = prompt_cost(config, plan), prompt_cost(config, plan, prompts=prompts)
+    return summary(plan, sampling.num_inference_steps, sampling.in_pairs, per_prompt, per_iteration, prompts)
 
 
 def trained_items(config: Config) -> int:

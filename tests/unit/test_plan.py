@@ -24,8 +24,8 @@ def run(plan: Plan, num_inference_steps: int, trained_steps: int) -> tuple[Cost,
 
 def summarised(plan: Plan, guidance: bool, ode_steps: int = 1, prompts: int = 1) -> PlanCosts:
     """The summary of a plan for 10 steps of which 9 are trained."""
-    of_one, of_all = (plan.predict(10, 9, guidance, ode_steps, prompts=count) for count in (1, prompts))
-    return summary(plan, 10, guidance, of_one, of_all, prompts)
+    per_prompt, per_iteration = (plan.predict(10, 9, guidance, ode_steps, prompts=count) for count in (1, prompts))
+    return summary(plan, 10, guidance, per_prompt, per_iteration, prompts)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_mistakes_are_named(plan, steps, message):
 def test_groups_stop_at_the_first_point(guidance, ode_steps):
     """Of 12 prompts 5 go on: what they cost, and what the others have cost until then."""
     plan = Plan(24, (PrunePoint(3, 12), PrunePoint(6, 8)), final_keep=6, keep_groups=5)
-    of_one = replace(plan, keep_groups=None).predict(10, 9, guidance, ode_steps)
+    per_prompt = replace(plan, keep_groups=None).predict(10, 9, guidance, ode_steps)
     until = Plan(24).predict(4, 0, guidance)  # four calls; the decodes of previews are as many as of pictures
     further = 24 * (ode_steps - 1) * (2 if guidance else 1)
     stopped = Cost(until.nfe + further, 24, 24, previews=24)
-    assert plan.predict(10, 9, guidance, ode_steps, prompts=12) == of_one * 5 + stopped * 7
-    assert plan.predict(10, 9, guidance, ode_steps, prompts=5) == of_one * 5
+    assert plan.predict(10, 9, guidance, ode_steps, prompts=12) == per_prompt * 5 + stopped * 7
+    assert plan.predict(10, 9, guidance, ode_steps, prompts=5) == per_prompt * 5
     assert [plan.rows_at(step, 12) for step in range(10)] == [12 * 24] * 4 + [5 * 12] * 3 + [5 * 8] * 3
     assert plan.trained(12) == 5 * 6 and replace(plan, keep_groups=None).trained(12) == 12 * 6
     assert [plan.stops_groups_after(step) for step in range(10)] == [step == 3 for step in range(10)]

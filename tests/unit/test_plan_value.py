@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from progrpo.objectives.advantage import advantages, group_statistics
 from progrpo.rollout.plan import Plan, PrunePoint, plans
-from progrpo.rollout.plan_value import Simulation, of_prompt
+from progrpo.rollout.plan_value import Simulation, prompt_signal
 from progrpo.rollout.settings import PlanSettings
 from progrpo.tracking.statistics import standardised
 from tests.support.grids import SELECTORS
@@ -152,11 +152,11 @@ def test_the_signal_of_a_prompt_is_that_of_gradients_of_such_members(own_directi
     snr_sq = own_PD.mean(0).square().sum() / own_PD.var(0).sum()
     signal = size * std_P1.mean().item() ** 2
     # the spread of the groups' own stds is noise along the direction that the formula leaves out: a few per cent
-    assert snr_sq.item() == pytest.approx(mean**2 * of_prompt(signal, own_direction), rel=0.08)
+    assert snr_sq.item() == pytest.approx(mean**2 * prompt_signal(signal, own_direction), rel=0.08)
 
 
 def test_a_prompt_without_signal_has_none():
-    assert of_prompt(0.0, 0.1) == 0
+    assert prompt_signal(0.0, 0.1) == 0
 
 
 def test_a_group_of_another_size_than_the_audits_has_their_quantiles():

@@ -291,11 +291,11 @@ class PlanCosts(TypedDict):
 
 
 def summary(
-    plan: Plan, num_inference_steps: int, guidance: bool, of_one: Cost, of_all: Cost, prompts: int = 1
+    plan: Plan, num_inference_steps: int, guidance: bool, per_prompt: Cost, per_iteration: Cost, prompts: int = 1
 ) -> PlanCosts:
     """The path and cost of a plan, ready for JSON.
 
-    The costs are `of_one` prompt that goes on to the end, and `of_all` prompts of an iteration.
+    The costs are those of a prompt that goes on to the end, and of the `prompts` of an iteration.
     `nfe_saved` is the share of the full groups' network calls that pruning avoids; `nfe_ratio_to_none` compares with
     the preset `none`, groups of 24 without pruning, and is above 1 where a larger start costs more than pruning saves.
     """
@@ -309,15 +309,15 @@ def summary(
         "groups": [prompts, *go_on],
         "prune_steps": point_steps(plan),
         "num_inference_steps": num_inference_steps,
-        "nfe_per_prompt": of_one.nfe,
-        "decodes_per_prompt": of_one.decodes,
-        "reward_calls_per_prompt": of_one.reward_calls,
-        "trained_steps_per_prompt": of_one.trained_steps,
-        "nfe_per_iteration": of_all.nfe,
-        "decodes_per_iteration": of_all.decodes,
-        "reward_calls_per_iteration": of_all.reward_calls,
-        "trained_steps_per_iteration": of_all.trained_steps,
+        "nfe_per_prompt": per_prompt.nfe,
+        "decodes_per_prompt": per_prompt.decodes,
+        "reward_calls_per_prompt": per_prompt.reward_calls,
+        "trained_steps_per_prompt": per_prompt.trained_steps,
+        "nfe_per_iteration": per_iteration.nfe,
+        "decodes_per_iteration": per_iteration.decodes,
+        "reward_calls_per_iteration": per_iteration.reward_calls,
+        "trained_steps_per_iteration": per_iteration.trained_steps,
         "nfe_full_group": full.nfe,
-        "nfe_saved": 0.0 if plan.recorded else 1 - of_all.nfe / (full.nfe * prompts),
-        "nfe_ratio_to_none": of_all.nfe / (none.nfe * prompts),
+        "nfe_saved": 0.0 if plan.recorded else 1 - per_iteration.nfe / (full.nfe * prompts),
+        "nfe_ratio_to_none": per_iteration.nfe / (none.nfe * prompts),
     }

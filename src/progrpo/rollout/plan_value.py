@@ -8,7 +8,7 @@ Advantages are in units of their own group's std, so that every group that teach
 proportion to sqrt(V). V is then the squared mean of these roots. Advantages in units of one std for all groups leave a
 group whose rewards have std s a signal in proportion to s V and a noise of s^2 V / k (`Simulation.of_batch`). Prompts
 ask for different changes, and no number of members averages that out, so that the signal of a prompt is bounded
-(`of_prompt`).
+(`prompt_signal`).
 
 Audits measure how previews agree with final rewards, and how these are spread within a group. The groups in which plans
 are compared are simulated from both. Each has the final rewards of one audit, so that a verdict stays a verdict: of one
@@ -36,7 +36,7 @@ _EQUAL = 1e-9  # a std that is only rounding
 _ANGLES = 17  # at which agreement is tabled, as sin(angle): that of verdicts is linear in the angle, of others smooth
 
 
-def of_prompt(signal: float, own_direction: float) -> float:
+def prompt_signal(signal: float, own_direction: float) -> float:
     """The SNR^2 of a prompt, from the `signal` k V of its members, in the same units.
 
     It is d^2 / (t^2 + s^2 / (k V)) for a mean direction d, prompts' own directions of variance t^2 around it, and

@@ -12,7 +12,7 @@ import numpy as np
 
 from progrpo.config import Config, compares_equal_members, prompt_cost, shared_calls
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, point_steps, preset, unit_costs
-from progrpo.rollout.plan_value import Simulation, of_prompt
+from progrpo.rollout.plan_value import Simulation, prompt_signal
 from progrpo.rollout.prune import Selector
 from progrpo.tracking.decisions import PlanDecision
 from progrpo.tracking.statistics import standardised
@@ -151,7 +151,7 @@ class PlanJudge:
         own = (own_direction or 0.0) / members if members else 0.0
 
         def signal(candidate: Plan) -> float:
-            return of_prompt(simulation.signal(candidate, selector), own)
+            return prompt_signal(simulation.signal(candidate, selector), own)
 
         noise = math.inf
         if noise_scale is not None and members:
