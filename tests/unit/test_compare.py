@@ -121,15 +121,15 @@ def test_rewards_are_compared_where_reward_prompts_and_noise_are_one(changes, al
 def test_places_are_sums_and_hours_count_processes():
     points = curve(data((None, 0.5, None, 0.7), processes=8), "eval/graded")
     assert [point.value for point in points] == [0.5, 0.7]
-    assert points[0].at == {"seconds": 20, "nfe": 200, "iteration": 1, "hours": 20 * 8 / 3600}
-    assert points[1].at == {"seconds": 40, "nfe": 400, "iteration": 3, "hours": 40 * 8 / 3600}
+    assert points[0].at == {"seconds": 20, "nfe": 200, "iteration": 2, "hours": 20 * 8 / 3600}
+    assert points[1].at == {"seconds": 40, "nfe": 400, "iteration": 4, "hours": 40 * 8 / 3600}
 
 
 def test_the_band_is_of_the_iterations_that_all_seeds_have():
     seeds = [data((0.1, 0.2, 0.3)), data((0.3, 0.6), seconds=20, seed=1), data((), seed=2)]
     over = spread([curve(run, "eval/graded") for run in seeds])  # the third has not begun
     assert over.mean == pytest.approx([0.2, 0.4]) and over.low == [0.1, 0.2] and over.high == [0.3, 0.6]
-    assert over.at["seconds"] == [15, 30] and over.at["iteration"] == [0, 1]
+    assert over.at["seconds"] == [15, 30] and over.at["iteration"] == [1, 2]
     assert spread([[], []]).mean == []
 
 

@@ -134,6 +134,30 @@ def test_the_agreement_is_of_the_previews_that_decide(run):
     assert figure_of(text(run), "agreement-by-step")["data"][-1]["y"] == [1, -1, 1]
 
 
+def test_the_film_and_the_chart_have_one_agreement(run):
+    used = [list(audit(0)["final"])] * STEPS
+    run.write_audit({**audit(0), "used": used}, pictures(GROUP, STEPS + 1))
+    page = text(run)
+    assert "Rank correlation of previews and final rewards: 1.00 at step 1." in page and ">iteration 1: " in page
+
+
+def test_the_agreement_is_drawn_at_each_step_over_the_audits_that_have_one(run):
+    final = [0.0, 1.0, 1.0, 0.0]
+    alike, right, wrong = [0.0] * GROUP, final, [1 - value for value in final]
+    for i, used in enumerate(([alike, right, right], [alike, alike, wrong], [alike, alike, alike])):
+        run.write_audit({**audit(i, final), "used": used}, pictures(GROUP, STEPS + 1))
+    page = text(run)
+    line = figure_of(page, "agreement-by-step")["data"][-1]
+    assert (line["x"], line["y"]) == ([1, 2], [1, 0])
+    assert "over 2 audit groups, mean and range, at each step of those whose previews differ" in page
+
+
+def test_without_any_agreement_there_is_a_note(run):
+    run.write_audit({**audit(0), "used": [[0.0] * GROUP] * STEPS}, pictures(GROUP, STEPS + 1))
+    page = text(run)
+    assert "No audit group has previews and rewards that differ" in page and "agreement-by-step" not in page
+
+
 @pytest.mark.parametrize(("path", "verb"), [([4, 2], "keep"), ([4, 3], "would keep"), ([6, 2], "would keep")])
 def test_v_of_another_plan_than_the_audited_one_is_not_its_own(run, path, verb):
     v = {"keep": [2] * STEPS, "variance": [1.0] * STEPS, "variance_final": [1.5] * STEPS}
@@ -199,7 +223,7 @@ def test_v_is_drawn_by_step_over_the_last_audits_and_over_the_run(run):
         "V at most at step 1": pytest.approx([1.0, 1.6, 1.2, 1.6, 1.4, 1.6, 1.6, 1.6, 1.8, 1.6]),
         "agreement at step 1": [0.5] * 5,
     }
-    assert traces["agreement at step 1"]["x"] == [1, 3, 5, 7, 9]
+    assert traces["agreement at step 1"]["x"] == [2, 4, 6, 8, 10]
 
 
 def audit_of_v(i, variance, most=1.8, keep=2):
@@ -216,9 +240,9 @@ def test_v_is_drawn_over_the_run_of_a_plan_that_keeps_all(run):
     page = text(run)
     traces = drawn(page, "variance-over-run")
     assert {name: (trace["x"], trace["y"]) for name, trace in traces.items()} == {
-        "V at step 0": ([1, 3], [1.1, 1.3]),
-        "V at step 1": ([1, 3], [1.1, 1.3]),
-        "V at most": ([1, 3], [1.8, 1.8]),
+        "V at step 0": ([2, 4], [1.1, 1.3]),
+        "V at step 1": ([2, 4], [1.1, 1.3]),
+        "V at most": ([2, 4], [1.8, 1.8]),
     }
     assert "of half of a group, which the plan keeps whole, and the best by final rewards" in page
     value = "<strong>1.20 <em>of</em> 1.80</strong>"
@@ -282,11 +306,11 @@ def test_the_expected_gain_is_drawn_over_the_run_and_decisions_are_named(run):
     assert '<section id="plan">' in page and '<a href="#plan">' in page
     figure = figure_of(page, "plan-value")
     (line,) = figure["data"]
-    assert (line["x"], line["y"]) == ([1, 1, 2, 3], [1.0, 1.46, 1.5, 0.9])  # up at the decision
+    assert (line["x"], line["y"]) == ([2, 2, 3, 4], [1.0, 1.46, 1.5, 0.9])  # up at the decision
     at_one, rule = figure["layout"]["shapes"]
-    assert (at_one["y0"], at_one["y1"]) == (1, 1) and (rule["x0"], rule["x1"]) == (1, 1)
+    assert (at_one["y0"], at_one["y1"]) == (1, 1) and (rule["x0"], rule["x1"]) == (2, 2)
     (item,) = re.findall("<li>(.*?)</li>", page)
-    assert item.startswith("After iteration 1: groups of 24 → 6 (6 after step 3) from here on: 1.46 × the expected")
+    assert item.startswith("After iteration 2: groups of 24 → 6 (6 after step 3) from here on: 1.46 × the expected")
     assert "(1.00 × until here), since training a member takes 2 × its sampling" in item
 
 
@@ -297,7 +321,7 @@ def test_a_verdict_that_changes_nothing_is_a_decision_of_auto_alone(run):
     assert '<section id="plan">' in text(run) and "<li>" not in text(run)
     run.log_config({"recipe": "r", "iterations": 4, "plan": {"preset": "auto"}})
     (item,) = re.findall("<li>(.*?)</li>", text(run))
-    assert item.startswith("After iteration 1: groups of 24 (not pruned) as before: 1.00 × ")
+    assert item.startswith("After iteration 2: groups of 24 (not pruned) as before: 1.00 × ")
 
 
 def test_of_many_decisions_the_last_are_named(run):
@@ -307,7 +331,7 @@ def test_of_many_decisions_the_last_are_named(run):
     assert page.count("<li>") == 20 and "The last 20 of 25 decisions" in page
     assert '<ol class="decisions" start="6">' in page
     labels = figure_of(page, "plan-value")["layout"]["annotations"]
-    assert [(label["x"], label["text"]) for label in labels] == [(i, str(i + 1)) for i in range(5, 25)]
+    assert [(label["x"], label["text"]) for label in labels] == [(i, str(i)) for i in range(6, 26)]
 
 
 def test_an_older_run_has_the_value_of_its_plan_alone(run):
@@ -478,9 +502,7 @@ def test_of_a_long_curve_the_extremes_of_each_stretch_are_drawn(run):
         run.metrics.append({"reward/mean": value, "seconds": 2.0}, i)
     page = text(run)
     trace = drawn(page, "curve-reward-0")["training samples"]
-    assert len(trace["x"]) == len(trace["y"]) <= 1001 and trace["meta"]["seconds"] == [
-        2.0 * (i + 1) for i in trace["x"]
-    ]
+    assert len(trace["x"]) == len(trace["y"]) <= 1001 and trace["meta"]["seconds"] == [2.0 * i for i in trace["x"]]
     assert "Of a curve over more than 1,000 iterations" in page
 
 
@@ -499,7 +521,7 @@ def test_who_is_pruned_after_a_call_has_paid_for_it(path, prune_steps, steps, nf
 
 def test_positions_are_sums_up_to_the_record():
     metrics: Any = [{"iteration": i, "seconds": 2.0, "rollout/nfe": 10} for i in range(3)] + [{"iteration": 3}]
-    assert charts.positions(metrics) == {"iteration": [0, 1, 2, 3], "seconds": [2, 4, 6, 6], "nfe": [10, 20, 30, 30]}
+    assert charts.positions(metrics) == {"iteration": [1, 2, 3, 4], "seconds": [2, 4, 6, 6], "nfe": [10, 20, 30, 30]}
 
 
 def test_histogram_shares_hold_what_lies_outside():

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from progrpo.tracking.records import Metrics, iteration_of, metric
+from progrpo.tracking.records import Metrics, metric, number_of
 from progrpo.tracking.statistics import Mean
 
 Trace = dict[str, object]
@@ -87,10 +87,10 @@ class Curve:
 
 
 def positions(metrics: Sequence[Metrics]) -> dict[str, list[float]]:
-    """The position of each record on each of AXES. Seconds and NFE are sums up to and including the record."""
+    """The position of each record on each of AXES: the iterations, seconds and NFE up to and including it."""
     seconds = np.cumsum([metric(record, "seconds") or 0.0 for record in metrics])
     nfe = np.cumsum([metric(record, "rollout/nfe") or 0 for record in metrics])
-    return {"iteration": [iteration_of(r) for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
+    return {"iteration": [number_of(r) for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
 
 
 def thinned(values: Sequence[float], buckets: int = BUCKETS) -> list[int]:

@@ -28,6 +28,11 @@ def iteration_of(record: Mapping[str, MetricValue]) -> int:
     return iteration
 
 
+def number_of(record: Mapping[str, MetricValue]) -> int:
+    """The number of a record's iteration, from 1 on, as console and pages count them."""
+    return iteration_of(record) + 1
+
+
 def before_and_after(summary: Summary, name: str) -> tuple[float | None, float | None]:
     """The summary's two values of a figure, such as `reward`."""
     figures = cast(Mapping[str, float | None], summary)

@@ -20,7 +20,8 @@ from progrpo.tracking.statistics import spearman, standardised
 _FILM = (
     "An audit group is sampled to the end without pruning and decoded at every step. Where the plan trains "
     "on every member, it is one of the iteration’s groups; else it is one more, never trained on. "
-    "Each row is a member, the best final reward first; below each preview is its score."
+    "Each row is a member, the best final reward first; below each preview is its score, of one ODE step and the full "
+    "decoder whatever the run decides by."
 )
 _AGREEMENT = (
     "Pruning relies on the order of previews. The closer it is to the order of final rewards, the less pruning loses."
@@ -60,14 +61,18 @@ def _agreement(data: RunData) -> str:
     rows = [
         [spearman(scores, audit["final"]) for scores in audit.get("used", audit["scores"])] for audit in data.audits
     ]
-    complete = [row for row in rows if None not in row and len(row) == len(steps)]
-    if not complete:
-        return note("No audit group has rewards that differ, so there is no rank correlation to show.")
-    groups = "1 audit group" if len(complete) == 1 else f"{len(complete)} audit groups, mean and range"
+    known = [row for row in rows if len(row) == len(steps) and any(value is not None for value in row)]
+    if not known:
+        return note("No audit group has previews and rewards that differ, so there is no rank correlation to show.")
+    groups = "1 audit group" if len(known) == 1 else f"{len(known)} audit groups, mean and range"
+    correlations_AT = np.array(known, dtype=np.float64)  # NaN where the previews of a step are all alike
+    measured = np.flatnonzero(np.isfinite(correlations_AT).any(0)).tolist()
+    correlations_AT = correlations_AT[:, measured]
+    some = "" if np.isfinite(correlations_AT).all() else ", at each step of those whose previews differ"
     points = "; dotted: prune points" if data.prune_steps else ""
-    about = f"Spearman’s rank correlation with final rewards over {groups}{points}"
-    correlations_AT = np.array(complete, dtype=np.float64)
-    figure = pruning.agreement(steps, correlations_AT, data.path_of_plan, data.prune_steps)
+    about = f"Spearman’s rank correlation with final rewards over {groups}{some}{points}"
+    shown = [steps[i] for i in measured]
+    figure = pruning.agreement(shown, correlations_AT, data.path_of_plan, data.prune_steps)
     return chart(figure, "agreement-by-step", "Agreement by step", about)
 
 

@@ -38,8 +38,8 @@ def films(folder: Path, audits: Sequence[AuditRecord]) -> str:
     chosen = [audits[i] for i in reversed(spread(len(audits), most))]
     side = min(_CELL, isqrt(_PIXELS // (len(chosen) * cells)))
     options = "".join(
-        f'<option value="film-{audit["iteration"]}">iteration {audit["iteration"]}: {escape(audit["prompt"])}</option>'
-        for audit in chosen
+        f'<option value="film-{i}">iteration {i + 1}: {escape(prompt)}</option>'
+        for i, prompt in ((audit["iteration"], audit["prompt"]) for audit in chosen)
     )
     count = f"<span>{len(chosen)} of {len(audits)} audits</span>" if len(chosen) < len(audits) else ""
     box = f'<label class="choose">Audit group <select id="choose-film">{options}</select>{count}</label>'
@@ -75,7 +75,8 @@ def _agreements(audit: AuditRecord) -> str:
 
 
 def _agreement(audit: AuditRecord, step: int) -> float | None:
-    return spearman(audit["scores"][list(audit["steps"]).index(step)], audit["final"])
+    """The rank correlation of the previews that the run decides by."""
+    return spearman(audit.get("used", audit["scores"])[list(audit["steps"]).index(step)], audit["final"])
 
 
 def sheet_of(audit: AuditRecord, strip: Image.Image, anchor: str, side: int = _CELL) -> str:

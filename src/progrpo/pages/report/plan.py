@@ -9,7 +9,7 @@ from progrpo.pages.page import chart, escape, note, section
 from progrpo.pages.report.pruning import Judged, plan_value
 from progrpo.pages.run_data import RunData
 from progrpo.tracking.decisions import PlanDecision
-from progrpo.tracking.records import iteration_of, metric
+from progrpo.tracking.records import metric, number_of
 
 _LEAD = (
     "The expected progress of a second, over that of plain GRPO (groups of 24, not pruned). The run estimates it after "
@@ -21,10 +21,10 @@ _LAST = 20  # decisions that are named
 
 def write(data: RunData) -> str:
     """The section; nothing where no plan was judged."""
-    values = [(iteration_of(r), value) for r in data.metrics if (value := metric(r, "plan/value")) is not None]
+    values = [(number_of(r), value) for r in data.metrics if (value := metric(r, "plan/value")) is not None]
     if not values:
         return ""
-    decisions = {iteration_of(r): decision for r in data.metrics if (decision := PlanDecision.of(r)) is not None}
+    decisions = {number_of(r): decision for r in data.metrics if (decision := PlanDecision.of(r)) is not None}
     judged = []
     for iteration, value in values:
         decision = decisions.get(iteration)

@@ -72,9 +72,12 @@ def funnel(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> Figur
 def agreement(
     steps: Sequence[int], correlations_AT: np.ndarray, path: Sequence[int], prune_steps: Sequence[int]
 ) -> Figure:
-    """Spearman's correlation of previews with final rewards by step, over A audits, with the prune points."""
+    """Spearman's correlation of previews with final rewards by step, over A audits, with the prune points.
+
+    An audit may lack a step (NaN), but each step is in one of them.
+    """
     data = [*_band(steps, correlations_AT), _mean_line(steps, correlations_AT)]
-    low = min(0.0, float(np.min(correlations_AT)) - 0.05)
+    low = min(0.0, float(np.nanmin(correlations_AT)) - 0.05)
     return _by_step(data, {"range": [low, 1.09], "tickformat": ".1f"}, path, prune_steps)
 
 
@@ -102,7 +105,7 @@ def variance(
 
 @dataclass(frozen=True)
 class Judged:
-    """The expected progress of a plan in an iteration, over plain GRPO's, and the plan in words (HTML)."""
+    """The expected progress of a plan in an iteration, from 1 on, over plain GRPO's, and the plan in words (HTML)."""
 
     iteration: int
     value: float
@@ -156,7 +159,7 @@ def _mean_line(steps: Sequence[int], values_AT: np.ndarray) -> Trace:
         "type": "scatter",
         "mode": "lines+markers",
         "x": list(steps),
-        "y": np.mean(values_AT, axis=0).tolist(),
+        "y": np.nanmean(values_AT, axis=0).tolist(),
         "line": {"color": ACCENT, "width": 2},
         "marker": {"size": 7, "line": {"color": PAPER, "width": 1.5}},
         "hovertemplate": "step %{x}: %{y:.2f}<extra></extra>",
@@ -165,7 +168,7 @@ def _mean_line(steps: Sequence[int], values_AT: np.ndarray) -> Trace:
 
 def _band(steps: Sequence[int], values_AT: np.ndarray) -> list[Trace]:
     edge: Trace = {"type": "scatter", "mode": "lines", "x": list(steps), "line": {"width": 0}, "hoverinfo": "skip"}
-    lowest, highest = np.min(values_AT, axis=0), np.max(values_AT, axis=0)
+    lowest, highest = np.nanmin(values_AT, axis=0), np.nanmax(values_AT, axis=0)
     return [
         edge | {"showlegend": False, "y": lowest.tolist()},
         edge | {"showlegend": False, "y": highest.tolist(), "fill": "tonexty", "fillcolor": BAND},
