@@ -259,6 +259,32 @@ def test_what_processes_share_out(weights):
 
 
 @pytest.mark.parametrize(
+    ("objective", "keep_best", "copies"),
+    [
+        (ObjectiveSettings(), False, 1),  # it lasts to the first update
+        (ObjectiveSettings(), True, 1),  # the best weights are copied after it
+        (ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.1)), True, 2),
+        (ObjectiveSettings(name="nft", nft=NFTSettings(kl_beta=0.0)), False, 2),
+    ],
+)
+def test_copies_of_full_weights_are_counted_from_the_start(objective, keep_best, copies):
+    base = load_recipe("smoke")
+    config = replace(
+        base,
+        model=replace(base.model, weights="full"),
+        objective=objective,
+        optim=OptimSettings(ema_decay=0.0),
+        eval=replace(base.eval, keep_best=keep_best),
+    )
+    memory = _memory(config, resolve_plan(config), sizes_for(config), 1)
+    trained = memory.parts["gradients"]
+    assert memory.parts["copies of trained weights"] == pytest.approx(copies * trained)
+    others = sum(memory.parts[part] for part in ("frozen weights", "decoder", "rewards", "text encoders"))
+    at_start = 1 + len(objective.loss.averages)
+    assert memory.peaks["start"] == pytest.approx(others + (1 + at_start) * trained)
+
+
+@pytest.mark.parametrize(
     ("processes", "prompts", "optim", "counted"),
     [(1, 2, {}, True), (2, 2, {}, False), (1, 1, {}, False), (1, 2, {"noise_scale": False}, False)],
 )

@@ -120,8 +120,10 @@ def sizes_for(config: Config) -> Sizes:
 
 def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory:
     loss = config.objective.loss
+    # the reference is copied with the model, and lasts to the first update where nothing asks for it then
     reference = config.model.weights == "lora" or loss.uses_reference
-    copies = len(loss.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
+    averages = len(loss.averages) + (config.optim.ema_decay > 0)
+    copies = averages + max(1, reference + config.eval.keep_best)
     shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
     trained = _FLOAT * model.trained / (shared if config.model.weights == "full" else 1)
     prompts, sharing = -(-config.prompts.per_iteration // processes), 1
@@ -152,8 +154,9 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     denoiser = parts["frozen weights"] + trained
     moments = latents["call"] + model.call_bytes, latents["decoding"] + model.decode_bytes, latents["step"]
     passes = parts["gradients"] + parts["gradients of a half"] + parts["forward and backward pass"]
+    begun = parts["decoder"] + (averages + 1) * trained + parts["rewards"]  # beside what prompts are encoded by
     peaks = {
-        "start": parts["decoder"] + (max if config.model.offload else sum)((denoiser, parts["text encoders"])),
+        "start": begun + (max if config.model.offload else sum)((denoiser, parts["text encoders"])),
         "sampling": resident + parts["graphs of sampling"] + max(moments),
         "update": resident + parts["graphs of sampling"] + parts["latents in the update"] + passes,
     }
