@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from progrpo.tracking.decisions import PlanDecision
 
-PRUNES = PlanDecision(1.0, [24], [], 1.46, [24, 12, 6], [8], 2.0, 12.34, 0.5)
+PRUNES = PlanDecision(1.0, [24], [], 1.46, [24, 12, 6], [8], 2.0, 12.34, 0.5, 1.7)
 
 
 def test_a_decision_comes_back_from_its_metrics():
@@ -19,9 +19,11 @@ def test_a_decision_comes_back_from_its_metrics():
 def test_a_decision_names_the_plan_its_gain_and_the_reasons():
     assert PRUNES.sentence == (
         "groups of 24 -> 12 -> 6 (12 after step 8, 6 by final rewards) from here on: 1.46 x the expected progress a"
-        " second of plain groups of 24 (1.00 x until here), since training a member takes 2 x its sampling, the"
-        " gradient noise scale is 12.3 prompts, and prompts' own directions add 0.5 x the noise of their members"
+        " second of plain groups of 24 (1.00 x until here), since its survivors have 1.70 x the reward variance of"
+        " their groups (V), training a member takes 2 x its sampling, the gradient noise scale is 12.3 prompts, and"
+        " prompts' own directions add 0.5 x the noise of their members"
     )
+    assert "until here), since training a member takes" in replace(PRUNES, next_variance=None).sentence  # an older run
 
 
 def test_a_plan_that_stays_is_named_too():

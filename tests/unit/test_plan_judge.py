@@ -95,6 +95,8 @@ def test_plan_value_is_signal_a_second_over_that_of_plain_grpo():
     expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
     assert judgement.decision.value == pytest.approx(expected, rel=1e-12)
     assert judgement.plan == FLASH and judgement.decision.next_path == [24, 16, 12]
+    variance = simulation.signal(FLASH, OVF) / 12 / (simulation.signal(Plan(24), OVF) / 24)
+    assert judgement.decision.next_variance == pytest.approx(variance, rel=1e-12) and 1 < variance < 2
 
 
 def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
@@ -111,7 +113,8 @@ def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
 
 
 def test_the_value_of_plain_grpo_is_one():
-    assert verdict(judged(config(), *[flat(0.5)] * 3), preset("none", STEPS)).decision.value == pytest.approx(1)
+    decision = verdict(judged(config(), *[flat(0.5)] * 3), preset("none", STEPS)).decision
+    assert decision.value == decision.next_variance == pytest.approx(1)
 
 
 def test_a_probes_steps_cost_no_preview():

@@ -309,7 +309,7 @@ def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_co
     trainer.plan_monitor.announce_change(before_it, Console(7))
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("plan: groups of 24 -> 6 (6 by final rewards) from here on: ")
-    assert "(1.00 x until here), since training a member takes" in said
+    assert "(1.00 x until here), since its survivors have " in said and "training a member takes" in said
     judgement = trainer.plan_monitor.judge.verdict(Plan(24), trainer.plan_monitor.selector, frozenset())
     before, after = (t.learner.updater.noise_scale.state_dict() for t in (resumed, trainer))
     mean = 0.95 * before["noise"] + 0.05 * done[2].record["update/gradient_noise"]

@@ -17,7 +17,8 @@ class PlanDecision:
     A plan is the numbers of members at its start and after each choice (`path`), and the `steps` after which choices
     by previews come. `value` and `next_value` are expected progress per second, over plain GRPO's. `training_ratio` is
     the seconds of training a member over those of sampling it unpruned. `noise_scale` (in prompts) and `own_direction`
-    are of the plan in force, and None before they are known.
+    are of the plan in force, and None before they are known. `next_variance` is V of the next plan by the audits: the
+    variance of its survivors' final rewards, over that of the whole group's; None in older records.
     """
 
     value: float
@@ -29,6 +30,7 @@ class PlanDecision:
     training_ratio: float
     noise_scale: float | None
     own_direction: float | None
+    next_variance: float | None = None
 
     @classmethod
     def of(cls, record: Metrics) -> PlanDecision | None:
@@ -39,8 +41,8 @@ class PlanDecision:
         path, steps, next_path, next_steps = (
             _whole(record, name) for name in ("path", "steps", "next_path", "next_steps")
         )
-        noise = _number(record, "noise_scale"), _number(record, "own_direction")
-        return cls(value, path, steps, next_value, next_path, next_steps, ratio, *noise)
+        measured = (_number(record, name) for name in ("noise_scale", "own_direction", "next_variance"))
+        return cls(value, path, steps, next_value, next_path, next_steps, ratio, *measured)
 
     def metrics(self) -> Metrics:
         return {_GROUP + name: value for name, value in asdict(self).items()}
@@ -71,13 +73,17 @@ class PlanDecision:
 
     @property
     def reasons(self) -> str:
-        """A clause with the measurements that decided, beside those of previews."""
-        training = f"training a member takes {self.training_ratio:.2g} x its sampling"
+        """A clause with the measurements that decided. V is left out for a plan that keeps all, where it is 1."""
         noise = "not known yet" if self.noise_scale is None else f"{self.noise_scale:.3g} prompts"
-        if self.own_direction is None:
-            return f"{training}, and the gradient noise scale is {noise}"
-        own = f"prompts' own directions add {self.own_direction:.2g} x the noise of their members"
-        return f"{training}, the gradient noise scale is {noise}, and {own}"
+        reasons = [
+            f"training a member takes {self.training_ratio:.2g} x its sampling",
+            f"the gradient noise scale is {noise}",
+        ]
+        if self.next_variance is not None and len(self.next_path) > 1:
+            reasons.insert(0, f"its survivors have {self.next_variance:.2f} x the reward variance of their groups (V)")
+        if self.own_direction is not None:
+            reasons.append(f"prompts' own directions add {self.own_direction:.2g} x the noise of their members")
+        return f"{', '.join(reasons[:-1])}, and {reasons[-1]}"
 
 
 def _words(path: Sequence[int], steps: Sequence[int]) -> str:

@@ -164,6 +164,7 @@ class PlanJudge:
         rates = {candidate: rate(candidate) for candidate in self._candidates(plan)} or {plan: now}
         leader = max(rates, key=lambda candidate: rates[candidate])
         best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
+        kept, whole = (simulation.signal(chosen, selector) for chosen in (best, Plan(best.group_size)))
         decision = PlanDecision(
             value=now / plain,
             path=path(plan),
@@ -174,8 +175,9 @@ class PlanJudge:
             training_ratio=self._training_ratio(none),
             noise_scale=noise_scale,
             own_direction=own_direction,
+            next_variance=kept / best.survivors / (whole / best.group_size) if whole else None,
         )
-        return Verdict(best, decision, simulation.signal(best, selector) / members if members else 1.0)
+        return Verdict(best, decision, kept / members if members else 1.0)
 
     def _candidates(self, plan: Plan) -> Iterator[Plan]:
         """The plans that may take the place of `plan`, none of which compares equal members."""
