@@ -68,9 +68,12 @@ def test_state_goes_through_storage_to_a_new_policy(own_policy, case, folder, tm
     save_state(tmp_path / "state", own_policy.named_weights.state_dict())
     other = load(folder, case.weights, PolicyContext(lora_seed=1))
     other.named_weights.load_state_dict(load_state(tmp_path / "state"))
+    stored, loaded = own_policy.named_weights.state_dict(), other.named_weights.state_dict()
+    assert stored.keys() == loaded.keys() and all(torch.equal(stored[key], loaded[key]) for key in stored)
     for name in ("current", "reference", "ema"):
         with own_policy.weights(name), other.weights(name):
-            assert torch.equal(velocity(other), velocity(own_policy)), name
+            # some processors' kernels round by how the weights lie in memory
+            torch.testing.assert_close(velocity(other), velocity(own_policy), rtol=1e-4, atol=1e-5)
 
 
 def test_saved_weights_give_diffusers_the_trained_pictures(own_policy, case, folder, tmp_path):
