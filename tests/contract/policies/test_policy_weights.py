@@ -69,7 +69,7 @@ def test_state_goes_through_storage_to_a_new_policy(own_policy, case, folder, tm
     other = load(folder, case.weights, PolicyContext(lora_seed=1))
     other.named_weights.load_state_dict(load_state(tmp_path / "state"))
     stored, loaded = own_policy.named_weights.state_dict(), other.named_weights.state_dict()
-    assert stored.keys() == loaded.keys() and all(torch.equal(stored[key], loaded[key]) for key in stored)
+    torch.testing.assert_close(loaded, stored, rtol=0, atol=0)
     for name in ("current", "reference", "ema"):
         with own_policy.weights(name), other.weights(name):
             # some processors' kernels round by how the weights lie in memory
