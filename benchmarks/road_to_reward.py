@@ -90,16 +90,18 @@ DGPO_ARMS: dict[str, Changes] = {
     "dgpo, KL 0.01, 12 of 24 after 2": changed(HELD, EARLY),
     "dgpo, KL 0.01, 6 of 24 after 2": changed(HELD, EARLY_QUARTER),
     "dgpo, KL 0.01, 6 of 12 after 2": changed(HELD, EARLY_SIX),
+    "dgpo, KL 0.01, uniform 6 of 12 after 2": changed(HELD, changed(EARLY_SIX, {"plan": {"selector": "uniform"}})),
     "dgpo, KL 0.01, 6 of 12 after 4": changed(HELD, LATE),
     "dgpo, KL 0.01, uniform 6 of 12 after 4": changed(HELD, UNIFORM_LATE),
     "dgpo, KL 0.01, plain 6": changed(HELD, SIX),
     "dgpo, KL 0.01, plain 12, one prompt": changed(HELD, ONE_PROMPT),
     "dgpo, KL 0.01, auto": changed(HELD, AUTO),
     **{
-        f"{name}, KL 0.01, 6 of 12 after 4": changed(
-            changed(HELD, LATE), {"objective": {"name": name, name: {"draws": 2, "kl_beta": 0.01}}}
+        f"{name}, KL 0.01, {plan}": changed(
+            changed(HELD, changes), {"objective": {"name": name, name: {"draws": 2, "kl_beta": 0.01}}}
         )
         for name in ("nft", "awm", "elbo")
+        for plan, changes in (("6 of 12 after 4", LATE), ("plain 6", SIX))
     },
     "dgpo, furthest 12 of 24": changed(DGPO, changed(HALF, GROUP_STATISTICS)),
     "dgpo, posthoc 12 of 24": changed(DGPO, HALF),
