@@ -92,6 +92,7 @@ def test_a_process_says_its_sentence_and_nothing_else(here):
         (("plan", "twice.json"), "twice.json: not JSON: seed is given twice; leave one out"),
         (("plan", "deep.json"), "deep.json: not JSON: lists or objects are nested without end"),
         (("report", "."), ". is no run folder"),
+        (("sample", "shapes-flow", "--prompt", "a", "--limit", "5"), "--limit goes with --prompts; every --prompt is"),
         (("train", "smoke", "--out", ""), "a path is empty (''); give one, or . for the current folder"),
     ],
 )
@@ -129,6 +130,9 @@ def test_what_is_refused_with_torch(here, capsys):
     wrong = ["--prompts.source", "utf16.txt", "--out", "run"]
     sentence = refusal_in_process(capsys, "train", "smoke", *wrong)
     assert "utf16.txt, line 1: not UTF-8 text but UTF-16; save the file as UTF-8" in sentence
+    split = ["--prompts", "rows.jsonl", "--split", "validation"]
+    sentence = refusal_in_process(capsys, "eval", "shapes-flow", *split)
+    assert "--split: the prompt file rows.jsonl has no splits; leave it out" in sentence
     shutil.copytree(WEIGHTS / "shapes-flow", "model")
     whole = Path("model", WEIGHTS_OF.format("transformer"))
     whole.write_bytes(whole.read_bytes()[:-1000])

@@ -23,6 +23,7 @@ from progrpo.cli import main
 from progrpo.config import (
     AuditSettings,
     EvalSettings,
+    ModelSettings,
     ObjectiveSettings,
     OptimSettings,
     PlanSettings,
@@ -473,6 +474,14 @@ def test_mistakes_are_refused_before_anything_is_sampled(
         ({"prompts": {"train": prompts, "dev": prompts}}, r"prompts as a mapping .* not \['train', 'dev'\]"),
         ({"mode": "anew"}, "^mode must be one of new, overwrite, resume, resume_changed, not 'anew'$"),
         ({"config": tiny_config(optim=OptimSettings(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
+        (
+            {"config": tiny_config(model=ModelSettings(single_file="tuned.safetensors"))},
+            r"config\.model\.single_file must be empty for progrpo\.train: load the pipeline from the file",
+        ),
+        (
+            {"config": tiny_config(prompts=PromptSettings(pairs="p.jsonl"), objective=ObjectiveSettings(name="dpo"))},
+            r"config\.prompts\.pairs must be empty for progrpo\.train",
+        ),
         ({"out": trained[0.0]}, "already holds a run"),
         (
             {"reward": [(redness, 1, 2)]},

@@ -47,6 +47,11 @@ class OneFurther:
 class Nothing:
     def __init__(self, prompts, seed):
         pass
+
+
+class OfPrompts:
+    def __init__(self, prompts):
+        pass
 """
 OPTIONS = ["--audit.every", "0", "--prompts.order"]
 
@@ -72,6 +77,7 @@ def test_an_order_of_ones_own_is_used_and_resumed(own_module, on_a_tiny_model, t
     ("name", "message"),
     [
         ("own_orders:Nothing", "prompts.order own_orders:Nothing has no all_prompts, prompts_for, possible_prompts"),
+        ("own_orders:OfPrompts", "prompts.order: own_orders:OfPrompts(prompts, seed): TypeError: "),
         ("own_orders:Absent", "has no function or class 'Absent'"),
         ("signals", "prompts.order must be one of turn, signal, or `module:Class`, not 'signals'"),
     ],

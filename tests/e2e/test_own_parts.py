@@ -28,6 +28,11 @@ def late(num_inference_steps):
     return Plan(6, (PrunePoint(num_inference_steps - 2, 4),))
 
 FIXED = Plan(5, (PrunePoint(1, 3),))
+BARE = Plan(16, ((3, 8),))
+
+def of_nothing():
+    return FIXED
+
 GENTLE = replace(samplers.DANCE, noise_level=0.2)
 
 def indices(scores_PG, keep, present_PG, seeds_P):
@@ -88,6 +93,12 @@ def test_an_evaluation_of_a_run_imports_none_of_its_code(run, on_a_tiny_model, t
             "--plan.preset",
             "own_parts:GENTLE",
             "plan.preset: own_parts:GENTLE must be a progrpo.rollout.plan.Plan, or a",
+        ),
+        ("--plan.preset", "own_parts:BARE", "or a function of num_inference_steps that returns one, with a tuple of"),
+        (
+            "--plan.preset",
+            "own_parts:of_nothing",
+            "own_parts:of_nothing(6): TypeError: of_nothing() takes 0",
         ),
         ("--sampling.sampler", "own_parts:late", "must be a progrpo.diffusion.samplers.StochasticStep, not"),
         ("--sampling.sampler", "no_such_module:x", "there is no module 'no_such_module'"),

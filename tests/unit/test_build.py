@@ -55,23 +55,29 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "prompts.txt").touch()
     (tmp_path / "tuned.safetensors").touch()
+    (tmp_path / "pairs.jsonl").touch()
     term = RewardTerm("clipscore", model="owner/local", cache="scores")
+    votes = RewardTerm("votes", model="~/not-made-yet")
     config = Config(
         model=ModelSettings(path="model", lora="~/lora", single_file="tuned.safetensors"),
-        prompts=PromptSettings(source="prompts.txt"),
+        prompts=PromptSettings(source="prompts.txt", pairs="pairs.jsonl"),
         preview=PreviewSettings(decoder="tiny", tiny_decoder="./taesd"),
-        reward=RewardSettings((term,)),
+        reward=RewardSettings((term, votes)),
         eval=EvalSettings(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
     )
     absolute = with_absolute_paths(config)
     assert (absolute.model.path, absolute.model.lora) == (f"{tmp_path}/model", f"{tmp_path}/home/lora")
     assert absolute.model.single_file == f"{tmp_path}/tuned.safetensors"
-    assert (absolute.prompts.source, absolute.eval.prompts) == (
+    assert (absolute.prompts.source, absolute.prompts.pairs, absolute.eval.prompts) == (
         f"{tmp_path}/prompts.txt",
+        f"{tmp_path}/pairs.jsonl",
         f"dataset:{tmp_path}/owner/local",
     )
     assert absolute.preview.tiny_decoder == f"{tmp_path}/taesd"
-    assert absolute.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)
+    assert absolute.reward.terms == (
+        replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),
+        replace(votes, model=f"{tmp_path}/home/not-made-yet"),
+    )
     assert absolute.eval.rewards == config.eval.rewards  # a vision model's name is its server's
     assert with_absolute_paths(absolute) == absolute
     parted = with_absolute_paths(Config(eval=EvalSettings(prompts="dataset:owner/local:part")))

@@ -320,7 +320,12 @@ def test_costs_of_a_prompt_are_the_plans_own():
 
 
 def test_a_plan_comes_back_from_its_dictionary(tmp_path):
-    for plan in (Plan(8), Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))), Plan(24, (PrunePoint(1, 20),), 12)):
+    for plan in (
+        Plan(8),
+        Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))),
+        Plan(24, (PrunePoint(1, 20),), 12, 3),
+        Plan(2, recorded=True),
+    ):
         save_state(tmp_path / "plan", {"plan": asdict(plan)})
         assert plan_from(load_state(tmp_path / "plan")["plan"]) == plan
 

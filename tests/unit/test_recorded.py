@@ -93,6 +93,7 @@ def test_a_run_learns_from_recorded_pairs_and_samples_none(pairs_file, tmp_path,
 @pytest.mark.slow
 def test_a_stopped_run_on_pairs_goes_on_as_if_it_had_not_stopped(pairs_file, tmp_path):
     base = ["smoke", "--objective.name", "dpo", "--prompts.pairs", str(pairs_file), "--eval.pictures", "2"]
+    base += ["--plan.preset", "auto"]  # a plan is not read with pairs, nor when the run goes on
     exact = ["--model.dtype", "float32", "--sampling.microbatch", "12", "--optim.microbatch", "40"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert main(["train", *base, *exact, "--iterations", "4", "--out", str(straight)]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from progrpo.config import Config, config_to_json
 from progrpo.policies.export import save_merged
 from progrpo.policies.load import load_policy
 from progrpo.policies.settings import ModelSettings
+from progrpo.training.distributed import Ranks
+from progrpo.training.trained_model import ModelChoice
 from tests.support.single_files import write_sd, write_sd3_transformer
 
 
@@ -110,3 +114,17 @@ def test_what_is_no_checkpoint_of_the_model_is_said_in_a_sentence(tiny_sd, tiny_
 def test_a_file_as_the_model_itself_names_the_setting(file):
     with pytest.raises(ValueError, match=r"is a single file; give it as model\.single_file, and as model\.path the"):
         load_policy(replace(settings(file, file), single_file=""))
+
+
+def test_a_runs_lora_on_another_model_brings_the_lora_alone(tiny_sd, file, tmp_path):
+    trained = settings(tiny_sd, file, lora_rank=2)
+    run, other = tmp_path / "run", tmp_path / "other"
+    load_policy(trained).save(run / "lora")
+    (run / "config.json").write_text(config_to_json(Config(model=trained)))
+    (run / "summary.json").write_text("{}")
+    shutil.copytree(tiny_sd, other)
+    pipeline: Any = ModelChoice(str(other), lora=run).load(Ranks()).pipeline
+    alone: Any = load_policy(ModelSettings(str(other), weights="full")).pipeline
+    assert_equal(pipeline.vae, alone.vae)
+    ours = {name.replace(".base_layer.", "."): weight for name, weight in pipeline.unet.state_dict().items()}
+    assert all(torch.equal(ours[name], weight) for name, weight in alone.unet.state_dict().items())

@@ -22,8 +22,8 @@ class Sample(Command):
     """One prompt or several."""
     prompts: str = ""
     """In place of --prompt: `shapes`, `words`, a prompt file or dataset:NAME, as --prompts.source of `train`."""
-    limit: int = 100
-    """The number of prompts of --prompts that are taken; fewer where it has fewer."""
+    limit: int | None = None
+    """The number of prompts of --prompts that are taken; fewer where it has fewer. Without it: 100."""
     image: tuple[Path, ...] = ()
     """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
@@ -53,12 +53,16 @@ class Sample(Command):
         check_range(1, 1_000_000, limit=self.limit)
         if bool(self.prompt) == bool(self.prompts):
             raise ValueError("give --prompt TEXT ... or --prompts SOURCE, one of the two")
+        if self.prompt and self.limit is not None:
+            raise ValueError("--limit goes with --prompts; every --prompt is taken, so leave it out")
         if self.prompts and self.image:
             raise ValueError("--image goes with --prompt; rows of --prompts bring their picture as their column image")
         from progrpo.prompts.load import first_prompts, prompts_from_python
 
         prompts = (
-            first_prompts(self.prompts, self.limit) if self.prompts else prompts_from_python(self._rows(), "--prompt")
+            first_prompts(self.prompts, self.limit or 100)
+            if self.prompts
+            else prompts_from_python(self._rows(), "--prompt")
         )
         from progrpo.training.sample import sample_pictures
         from progrpo.training.trained_model import ModelChoice

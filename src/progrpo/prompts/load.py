@@ -63,6 +63,11 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
     return {"": prompts}
 
 
+def has_splits(source: str) -> bool:
+    """Whether a source of prompts has splits: a built-in world or a dataset, and not a file."""
+    return source in WORLDS or source.startswith(DATASET)
+
+
 def first_prompts(source: str, count: int) -> tuple[Prompt, ...]:
     """The first prompts of a source's train split, at most so many; those of a built-in world take turns by kind."""
     if source in WORLDS:

@@ -10,6 +10,7 @@ from typing import Protocol, TypedDict, cast
 
 import numpy as np
 
+from progrpo.messages import raised
 from progrpo.prompts.load import PromptsByKind
 from progrpo.prompts.settings import ORDERS
 from progrpo.registry import load_named
@@ -201,7 +202,11 @@ def _moving_average(average: float | None, value: float, memory: float) -> float
 
 def make_order(name: str, prompts: PromptsByKind, seed: int) -> PromptOrder:
     """Make the order that `prompts.order` names. ValueError for a class of the user's own that is no `PromptOrder`."""
-    order: PromptOrder = load_named(name, ORDERS, "prompts.order", "Class")(prompts, seed)
+    made = load_named(name, ORDERS, "prompts.order", "Class")
+    try:
+        order: PromptOrder = made(prompts, seed)
+    except Exception as error:  # a user's code may raise anything
+        raise ValueError(f"prompts.order: {name}(prompts, seed): {raised(error)}") from error
     missing = [member for member in _MEMBERS if not hasattr(order, member)]
     if missing:
         raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
-from progrpo.messages import quoted
+from progrpo.messages import quoted, raised
 from progrpo.registry import choices_of, load_named, one_of
 from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, plans, preset
 from progrpo.rollout.window import WINDOWS, last_start, window
@@ -278,13 +278,21 @@ class PlanSettings:
 def _load_plan(name: str, num_inference_steps: int) -> Plan:
     """The plan that a user's `module:name` gives: a Plan, or what a function of the number of steps returns."""
     made: object = load_named(name, dict.fromkeys(PLAN_NAMES, ""), "plan.preset", "function")
-    plan = made(num_inference_steps) if callable(made) else made
-    if not isinstance(plan, Plan):
+    try:
+        plan = made(num_inference_steps) if callable(made) else made
+    except Exception as error:  # a user's code may raise anything
+        raise ValueError(f"plan.preset: {name}({num_inference_steps}): {raised(error)}") from error
+    if not isinstance(plan, Plan) or not _has_points(plan.prune):
         raise ValueError(
             f"plan.preset: {name} must be a progrpo.rollout.plan.Plan, or a function of num_inference_steps that"
-            f" returns one, not {quoted(plan)}"
+            f" returns one, with a tuple of PrunePoints as its prune, not {quoted(plan)}"
         )
     return plan
+
+
+def _has_points(prune: object) -> bool:
+    """Whether a user's plan has a tuple of prune points."""
+    return isinstance(prune, tuple) and all(isinstance(point, PrunePoint) for point in prune)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,11 @@ def with_absolute_paths(config: Config) -> Config:
             single_file=_absolute(config.model.single_file),
             lora=_absolute(config.model.lora),
         ),
-        prompts=replace(config.prompts, source=_absolute(config.prompts.source)),
+        prompts=replace(
+            config.prompts,
+            source=_absolute(config.prompts.source),
+            pairs=_absolute(config.prompts.pairs),
+        ),
         preview=replace(
             config.preview,
             tiny_decoder=_absolute(config.preview.tiny_decoder),
@@ -41,9 +45,16 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute_term(term: RewardTerm) -> RewardTerm:
-    model = term.model if term.names_model_of_server else _absolute(term.model)
-    cache = os.path.abspath(os.path.expanduser(term.cache)) if term.cache else ""
+    cache = _absolute_folder(term.cache)
+    if term.names_model_of_server:
+        return replace(term, cache=cache)
+    model = _absolute_folder(term.model) if term.name == "votes" else _absolute(term.model)
     return replace(term, model=model, cache=cache)
+
+
+def _absolute_folder(folder: str) -> str:
+    """The absolute path of a folder that may not exist yet; empty for none."""
+    return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
 def _absolute(name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from progrpo.checks import check
 from progrpo.config import Config, OptimSettings, RewardTerm, SamplingSettings, from_python
 from progrpo.messages import named
+from progrpo.prompts.load import has_splits
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.mixture import close_all, load_mixture
 from progrpo.rollout.sampler import Sampler
@@ -72,6 +73,8 @@ def evaluate_model(
     config = _evaluated_settings(replace(config, eval=settings), negative_prompt)
     check(config)
     source = prompts.source or config.eval.prompts
+    if prompts.split != "test" and not has_splits(source):
+        raise ValueError(f"--split: the prompt file {named(source)} has no splits; leave it out")
     chosen = eval_prompts(source, prompts.split, prompts.count, prompts.column or config.eval.column)
     reward = load_mixture(config.reward.terms, config.reward.frames)
     held_out = load_mixture(config.eval.rewards, config.reward.frames) if config.eval.rewards else None

@@ -72,9 +72,9 @@ def train(
     whole videos. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of these, which
     are summed with the weights of pairs (reward, weight).
 
-    `config.model.path`, `revision` and `variant`, `config.prompts.source` and `config.reward.terms` are not read. The
-    pipeline is taken over: its denoiser is changed and its text encoders leave it, so load it again for pictures or
-    another run.
+    `config.model.path`, `revision` and `variant`, `config.prompts.source`, `config.eval.prompts` and
+    `config.reward.terms` are not read. The pipeline is taken over: its denoiser is changed and its text encoders leave
+    it, so load it again for pictures or another run.
 
     `mode` says what to do with `out`. `new` refuses a folder that holds a run, and `overwrite` replaces that run.
     `resume`, with the pipeline as it was before the run, the prompts and the rewards given again, goes on with it from
@@ -90,6 +90,7 @@ def train(
     resumes, accept_changes = mode in ("resume", "resume_changed"), mode == "resume_changed"
     if config is not None:
         check(config)
+        _refuse_what_the_call_gives(config)
     with explain_lost_process(lambda: NO_CHECKPOINT):
         ranks = Ranks()
         require_same_settings(ranks, config, mode=mode)
@@ -115,6 +116,20 @@ def train(
             return resume_in(folder, config, make_inputs, ranks, accept_changes)
         run = Run(make_inputs(), folder, ranks)
     return start(run, overwrite=mode == "overwrite")
+
+
+def _refuse_what_the_call_gives(config: Config) -> None:
+    """ValueError for weights or prompts of a configuration in whose place the call takes its own."""
+    if config.model.single_file:
+        raise ValueError(
+            "config.model.single_file must be empty for progrpo.train: load the pipeline from the file, with"
+            " from_single_file"
+        )
+    if config.prompts.pairs:
+        raise ValueError(
+            "config.prompts.pairs must be empty for progrpo.train, which samples for its prompts; learn from recorded"
+            " pairs with `progrpo train --prompts.pairs`"
+        )
 
 
 def _take_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:

@@ -57,6 +57,7 @@ class PlanState(TypedDict):
     prune: Sequence[dict[str, int]]
     final_keep: int | None
     keep_groups: NotRequired[int | None]
+    recorded: NotRequired[bool]
 
 
 def plan_state(plan: Plan) -> PlanState:
@@ -67,7 +68,8 @@ def plan_state(plan: Plan) -> PlanState:
 def plan_from(state: PlanState) -> Plan:
     """The plan of a state."""
     points = tuple(PrunePoint(**point) for point in state["prune"])
-    return Plan(state["group_size"], points, state["final_keep"], state.get("keep_groups"))
+    keep_groups, recorded = state.get("keep_groups"), state.get("recorded", False)
+    return Plan(state["group_size"], points, state["final_keep"], keep_groups, recorded)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ class ModelChoice:
         settings = replace(own, lora="", quantize="none", text_quantize="none")
         if not was_trained(Path(self.target)):
             lora = saved_weights(self.lora) if self.lora is not None and was_trained(self.lora) else self.lora
-            return replace(settings, path=self.target, revision=self.revision, variant=self.variant), lora
+            named_model = replace(settings, path=self.target, single_file="")  # a run's file is not of this model
+            return replace(named_model, revision=self.revision, variant=self.variant), lora
         if self.lora is not None:
             raise ValueError(
                 f"--lora: {named(self.target)} is a run, with weights of its own; give its model, or leave --lora out"
