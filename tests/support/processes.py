@@ -143,7 +143,8 @@ def work(model, out, names):
         plan=PlanSettings("custom", group_size=5, prune=((1, 2),)),
     )
     cases["few"] = (few, redness)  # on three: one has nobody
-    cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
+    by_batch = replace(together, objective=replace(CONFIG.objective, advantage="batch"))
+    cases["split batch"] = (replace(by_batch, optim=OptimSettings(updates_per_rollout=2)), redness)
     # on two: one has nobody left
     cases["groups"] = (replace(single, plan=replace(CONFIG.plan, prune=((0, 4), (1, 3)), keep_groups=1)), redness)
     some = replace(five, plan=replace(CONFIG.plan, keep_groups=2), optim=OptimSettings(updates_per_rollout=2))

@@ -243,38 +243,36 @@ def test_the_gradient_is_clipped_and_its_norm_before_is_reported(linear_policy, 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_parts_deal_every_group_evenly(parts):
     sizes = [7, 4, 1, 6]
-    group = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
-    slot = torch.tensor([0, 3, 4, 9])[group]
-    dealt = update_of_each(_experience_of(group, slot).trajectories, parts)
-    for g, size in enumerate(sizes):
-        counts = torch.bincount(dealt[group == g], minlength=parts)
+    slot = torch.tensor([0, 3, 4, 9]).repeat_interleave(torch.tensor(sizes))
+    dealt = update_of_each(slot, torch.arange(len(slot)), parts)
+    for own, size in zip(slot.unique(), sizes, strict=True):
+        counts = torch.bincount(dealt[slot == own], minlength=parts)
         assert counts.sum() == size and counts.max() - counts.min() <= 1
 
 
 def test_what_is_left_over_of_groups_falls_to_every_update_in_turn():
-    group = torch.arange(6).repeat_interleave(3)
-    dealt = update_of_each(_experience_of(group, group).trajectories, 2)
-    assert torch.bincount(dealt).tolist() == [9, 9]
+    slot = torch.arange(6).repeat_interleave(3)
+    assert torch.bincount(update_of_each(slot, torch.arange(18), 2)).tolist() == [9, 9]
 
 
 def test_parts_belong_to_the_slot_and_not_to_the_company():
-    group, slot = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 5, 5])
-    together = update_of_each(_experience_of(group, slot).trajectories, 2)
-    alone = update_of_each(_experience_of(group[3:] - 1, slot[3:]).trajectories, 2)
-    assert torch.equal(together[3:], alone)
+    slot, member = torch.tensor([2, 2, 2, 5, 5]), torch.tensor([0, 3, 4, 1, 2])
+    together = update_of_each(slot, member, 2)
+    assert torch.equal(together[3:], update_of_each(slot[3:], member[3:], 2))
 
 
-def _experience_of(group, slot):
-    rows = torch.arange(len(group))
-    living = Trajectories(group, slot, rows, rows.float().reshape(-1, 1, 1, 1))
-    from progrpo.objectives.base import Experience
-
-    return Experience(living, rows.float(), Condition({}), SAMPLING.process, NoiseKey(0, 0))
+def test_parts_are_alike_however_processes_share_a_group():
+    slot, member = torch.tensor([1, 1, 1, 1, 2, 2]), torch.tensor([0, 2, 5, 7, 3, 4])
+    whole = update_of_each(slot, member, 2)
+    assert whole.tolist() == [1, 0, 1, 0, 0, 1]
+    shares = torch.tensor([0, 2, 4, 1, 3, 5])  # every other member, as two processes have them
+    assert torch.equal(update_of_each(slot[shares], member[shares], 2), whole[shares])
 
 
 def test_every_trajectory_serves_one_of_several_updates(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
-    parts = update_of_each(experience.trajectories, 2)
+    living = experience.trajectories
+    parts = update_of_each(living.slot_N, living.member_N, 2)
     first = (parts == 0).nonzero().flatten()
     size = 2 * len(first)
     once = gradient_of(linear_policy, experience.take(first), torch.arange(size)) / size

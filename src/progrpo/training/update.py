@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +27,6 @@ from progrpo.training.noise_scale import (
     gradient_moments,
     take_gradients,
 )
-from progrpo.types import Trajectories
 
 _DEVIATION = "update/ratio_max_deviation"
 
@@ -142,10 +142,11 @@ class Updater:
         items = 0
         skipped = 0
         prepared = False
+        updates_N = self._update_of_each(experience)
         for number in range(self._config.updates_per_rollout):
             if number:
                 experience = experience.detached()
-            share = self._share(experience, number)
+            share = self._share(experience, updates_N == number)
             while True:
                 passes = partial(self._passes, experience, share, prepared)
                 experience, passed = self.microbatch.run(passes, self._refusal(experience))
@@ -178,10 +179,9 @@ class Updater:
     def _items_per_trajectory(self, experience: Experience) -> int:
         return self.objective.settings.items_per_trajectory(len(experience.trajectories.path))
 
-    def _share(self, experience: Experience, number: int) -> _Share:
+    def _share(self, experience: Experience, is_of_step_N: Tensor) -> _Share:
         """The share of an optimizer step; all processes count theirs together."""
-        updates = update_of_each(experience.trajectories, self._config.updates_per_rollout)
-        rows = (updates == number).nonzero().flatten()
+        rows = is_of_step_N.nonzero().flatten()
         telling = rows[experience.advantages_N[rows] != 0]
         items = len(rows) * self._items_per_trajectory(experience)
         counts = self._ranks.sum(torch.tensor([items, len(telling)], dtype=torch.float64))
@@ -207,13 +207,22 @@ class Updater:
         own = slot_N.unique().tolist()
         return sorted({slot for slots in self._ranks.gather([own]) for slot in slots})
 
+    def _update_of_each(self, own: Experience) -> Tensor:
+        """The number (N,) of each own row's optimizer step."""
+        living, updates = own.trajectories, self._config.updates_per_rollout
+        return self._in_whole_groups(partial(update_of_each, updates=updates), living.slot_N, living.member_N)
+
     def _half_of_each(self, own: Experience) -> Tensor:
-        """The mask of own rows in the first half of their groups, which processes may share."""
+        """The mask (N,) of own rows in the first half of their groups."""
         living = own.trajectories
-        shares = self._ranks.gather([(own.advantages_N.cpu(), living.slot_N, living.member_N)])
-        advantages_N, slot_N, member_N = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        return self._in_whole_groups(half_of_each, own.advantages_N.cpu(), living.slot_N, living.member_N)
+
+    def _in_whole_groups(self, of_rows: Callable[..., Tensor], *own: Tensor) -> Tensor:
+        """The own part of a function of the rows of all processes, which may share a group."""
+        shares = self._ranks.gather([own])
         first_own = sum(len(share[0]) for share in shares[: self._ranks.rank])
-        return half_of_each(advantages_N, slot_N, member_N)[first_own : first_own + len(own)]
+        of_all = of_rows(*(torch.cat(columns) for columns in zip(*shares, strict=True)))
+        return of_all[first_own : first_own + len(own[0])]
 
     def _note(self, moments: GradientMoments | None, of_members: bool, tally: Tally) -> None:
         if moments is None:
@@ -307,11 +316,9 @@ class Updater:
         self.loss_scale.unscale(parameters)
 
 
-def update_of_each(trajectories: Trajectories, updates: int) -> Tensor:
-    """The number of each trajectory's optimizer step. A group is dealt over the steps, so that each has all prompts."""
-    group_N = trajectories.group_N
-    place_N = torch.arange(len(group_N)) - torch.searchsorted(group_N, group_N)
-    return (place_N + trajectories.slot_N) % updates
+def update_of_each(slot_N: Tensor, member_N: Tensor, updates: int) -> Tensor:
+    """The number (N,) of each row's optimizer step. A group is dealt over the steps, so that each has all prompts."""
+    return (_place_in_group(slot_N, member_N) + slot_N) % updates
 
 
 def half_of_each(advantages_N: Tensor, slot_N: Tensor, member_N: Tensor) -> Tensor:
@@ -321,13 +328,17 @@ def half_of_each(advantages_N: Tensor, slot_N: Tensor, member_N: Tensor) -> Tens
     round in every other slot. What a group's members have in common, and what grows with their advantage, is then the
     same in both.
     """
-    order = member_N.sort(stable=True).indices
-    for keys_N in (advantages_N, slot_N):
-        order = order[keys_N[order].sort(stable=True).indices]
-    rank_N = torch.arange(len(order)) - torch.searchsorted(slot_N[order], slot_N[order])
-    is_first_N = torch.empty(len(order), dtype=torch.bool)
-    is_first_N[order] = ((rank_N + 1) // 2 + slot_N[order]) % 2 == 0
-    return is_first_N
+    return ((_place_in_group(slot_N, advantages_N, member_N) + 1) // 2 + slot_N) % 2 == 0
+
+
+def _place_in_group(slot_N: Tensor, *keys: Tensor) -> Tensor:
+    """The place (N,) of each row among those of its slot, sorted by the keys, of which the first counts most."""
+    order = torch.arange(len(slot_N))
+    for key_N in (*reversed(keys), slot_N):
+        order = order[key_N[order].sort(stable=True).indices]
+    place_N = torch.empty_like(order)
+    place_N[order] = torch.arange(len(order)) - torch.searchsorted(slot_N[order], slot_N[order])
+    return place_N
 
 
 def _maxima(loss: Loss) -> Tally:
