@@ -431,9 +431,12 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.runs: list[Run] = json.loads(path.read_text()) if path.exists() else []
-        self._by_cell: dict[Cell, list[Run]] = {}
         self._best: dict[tuple[Cell, float, float, int, int], tuple[float, int] | None] = {}
+        self._read()
+
+    def _read(self) -> None:
+        self.runs: list[Run] = json.loads(self.path.read_text()) if self.path.exists() else []
+        self._by_cell: dict[Cell, list[Run]] = {}
         for entry in self.runs:
             self._by_cell.setdefault(cell_of(entry), []).append(entry)
 
@@ -444,6 +447,7 @@ class Results:
         return any((r["lr"], r["prompts"], r["seed"]) == (lr, prompts, seed) for r in self.of(cell))
 
     def add(self, entry: Run) -> None:
+        self._read()  # another process may have added runs to the file
         self.runs.append(entry)
         self._by_cell.setdefault(cell_of(entry), []).append(entry)
         self.path.parent.mkdir(parents=True, exist_ok=True)
