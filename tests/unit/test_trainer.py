@@ -144,7 +144,7 @@ def test_watched_groups_are_seen_as_a_group_of_their_own_would_be(tiny_trainer, 
     prompts, key = trainer.order.prompts_for(0, 2), NoiseKey(config.seed, 0)
     audits = []
     for slots in ([0, 1], [1]):  # with another group, and alone
-        watch = GroupWatch(prompts[1], 1)
+        watch = GroupWatch(prompts[1], 1, trainer.reward)
         sampler = watch.begin(trainer.sampler)
         audits.append(
             watch.audit(rollout(sampler, [prompts[s] for s in slots], torch.tensor(slots), key, Meter()), key)
@@ -443,6 +443,19 @@ def test_failures_of_an_audit_are_counted_with_its_iteration(tiny_trainer, tiny_
     asked = record["rollout/reward_calls"] + trainer.totals.audited.reward_calls
     assert trainer.totals.asked == {"reward": asked} and not any(trainer.reward.failures().asked.values())
     assert 0 < record["reward/failed@reward"] < trainer.totals.missing["reward"]
+
+
+def test_a_watched_group_whose_previews_have_no_score_stops_nothing(tiny_trainer, tiny_config, redness):
+    """Previews of one group of four at each step; the pictures of both groups are scored."""
+
+    def finished_alone(images, prompts):
+        return redness(images, prompts) if len(images) == 8 else [None] * len(images)
+
+    trainer = tiny_trainer(tiny_config(plan=PLAIN, audit=AuditSettings(every=1)), reward=finished_alone)
+    done = trainer.step()
+    assert done.audit is not None and done.audit.agreement() == [None] * 4
+    assert done.record["reward/missing"] == 0 and "reward/failed@reward" not in done.record
+    assert trainer.totals.asked == {"reward": 8 + 16} and trainer.totals.missing == {"reward": 16}
 
 
 def test_a_probe_learns_what_selectors_compare(tiny_trainer, tiny_config):

@@ -67,6 +67,10 @@ class RewardMixture:
         self._lock = threading.Lock()
         self._reset_counts()
 
+    def counted_apart(self) -> RewardMixture:
+        """The same rewards in a mixture that counts its own failures."""
+        return RewardMixture(self._components, self._ranking)
+
     @property
     def weights(self) -> Mapping[str, float]:
         return {component.term.name: component.term.weight for component in self._components}

@@ -175,7 +175,7 @@ class Studio:
         if self._group is None or self._group[0] != asked:
             policy, key = self.model.show(weights.name, weights.strength), NoiseKey(seed, 0)
             sampling = sampling_for(policy, self.config.sampling, stochastic_steps(self.config, 0), Record())
-            watch = GroupWatch(self.prompt(text), 0)
+            watch = GroupWatch(self.prompt(text), 0, self.reward)
             sampler = watch.begin(Sampler(policy, self.reward, sampling, Plan(group_size)))
             rolled = rollout(sampler, [self.prompt(text)], _SLOT, key, Meter())
             self._group = (asked, watch.audit(rolled, key))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from progrpo.rewards.base import Scorer
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
@@ -95,22 +96,24 @@ class Audit:
 
 
 class GroupWatch:
-    """The previews of a slot's group after every network call. Sampling goes on as it would without.
+    """The previews of a slot's group after every network call, scored by `reward`. Sampling goes on as it would
+    without.
 
     `meter` counts what the previews take.
     """
 
-    def __init__(self, prompt: Prompt, slot: int) -> None:
+    def __init__(self, prompt: Prompt, slot: int, reward: Scorer) -> None:
         self.meter = Meter()
         self._prompt = prompt
         self._slot = slot
+        self._reward = reward
         self._seen: list[_Seen] = []
 
     def begin(self, sampler: Sampler) -> Sampler:
         """Forget what was seen; the sampler that finishes every member of the plan's groups and shows them."""
         self.meter = Meter()
         self._seen = []
-        self._sampler = sampler.with_max_batch(sampler.plan.group_size)
+        self._sampler = replace(sampler, reward=self._reward).with_max_batch(sampler.plan.group_size)
         self._condition = sampler.policy.encode([self._prompt])
         plain = Plan(sampler.plan.group_size)
         return replace(sampler, plan=plain, sharding=NOT_SHARDED, peers=NOT_SHARDED, observe=self.observe)

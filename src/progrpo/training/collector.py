@@ -82,8 +82,8 @@ class Collector:
         )
         return sampler.with_max_batch(self.microbatch.size)
 
-    def watch(self, batch: Batch) -> GroupWatch | None:
-        """The watch of a group of this process, for an audit that costs its previews alone.
+    def watch(self, batch: Batch, reward: Scorer) -> GroupWatch | None:
+        """The watch of a group of this process, for an audit that costs its previews alone, scored by `reward`.
 
         None where the plan does not finish and train on every member of a group here: its audit is a group more.
         """
@@ -92,7 +92,7 @@ class Collector:
             return None
         slots = batch.slots.tolist()
         slot = slots[self._plan_monitor.audited_place(batch.iteration) % len(slots)]
-        return GroupWatch(batch.prompts[slot], slot)
+        return GroupWatch(batch.prompts[slot], slot, reward)
 
     def rollout(self, batch: Batch, meter: Meter, watch: GroupWatch | None = None) -> Rollout:
         """The rollout of this process' prompts, one of whose groups may be watched, or their recorded pairs."""
@@ -108,15 +108,16 @@ class Collector:
 
         return self._within_memory(sample, batch.iteration, meter)
 
-    def audit(self, batch: Batch, meter: Meter) -> Audit:
-        """The audit of a prompt of the iteration, under a slot that no trained group has."""
+    def audit(self, batch: Batch, reward: Scorer, meter: Meter) -> Audit:
+        """The audit of a prompt of the iteration by `reward`, under a slot that no trained group has."""
         slot = len(batch.prompts)
         prompt = batch.prompts[self._plan_monitor.audited_place(batch.iteration) % slot]
-        watch = GroupWatch(prompt, slot)
+        watch = GroupWatch(prompt, slot, reward)
 
         def sample(sampler: Sampler, own_meter: Meter) -> Audit:
             record = replace(sampler.sampling.record, graphs=False)
-            sampler = watch.begin(replace(sampler, sampling=replace(sampler.sampling, record=record)))
+            sampling = replace(sampler.sampling, record=record)
+            sampler = watch.begin(replace(sampler, reward=reward, sampling=sampling))
             rolled = rollout(sampler, [prompt], torch.tensor([slot]), batch.key, own_meter)
             own_meter.add(watch.meter)
             return watch.audit(rolled, batch.key)

@@ -84,25 +84,33 @@ class Totals:
 
 
 class FailureCounter:
-    """The failures of the trained reward over all processes, added to the run's totals and limited."""
+    """The failures of the trained reward over all processes, added to the run's totals and limited.
+
+    An audit trains nothing, so that the failures of what it scores by `reward_of_audits` stop nothing.
+    """
 
     def __init__(self, reward: RewardMixture, totals: Totals, ranks: Ranks, max_missing: float) -> None:
+        self.reward_of_audits = reward.counted_apart()
         self._reward = reward
         self._totals = totals
         self._ranks = ranks
         self._max_missing = max_missing
 
-    def collect(self) -> list[Failures]:
-        """The failures of all processes since the last call, added to the totals."""
-        failures = self._ranks.gather([self._reward.failures()])
-        self._totals.add_failures(failures)
-        return failures
+    def collect_of_audits(self) -> None:
+        """Add the failures of audits since the last call to the totals."""
+        self._collect(self.reward_of_audits)
 
     def check(self, when: str) -> dict[str, int]:
         """The missing scores of each reward since the last call. MissingScoresError for more than are allowed."""
-        failures = self.collect()
+        failures = self._collect(self._reward)
         checks.check_failures(failures, self._max_missing, when)
         return {name: sum(failed.missing[name] for failed in failures) for name in self._reward.weights}
+
+    def _collect(self, reward: RewardMixture) -> list[Failures]:
+        """The failures of all processes since the last call, added to the totals."""
+        failures = self._ranks.gather([reward.failures()])
+        self._totals.add_failures(failures)
+        return failures
 
 
 def summed_over(ranks: Ranks, cost: Cost) -> Cost:

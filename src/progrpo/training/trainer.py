@@ -104,7 +104,8 @@ class Trainer:
         batch = self._next_batch()
         sampling = self.sampler.sampling
         is_audited = self.plan_monitor.is_audit_due(batch.iteration)
-        watch = self.collector.watch(batch) if is_audited and self.ranks.is_main else None
+        reward_of_audits = self.failures.reward_of_audits
+        watch = self.collector.watch(batch, reward_of_audits) if is_audited and self.ranks.is_main else None
         rolled = self.collector.rollout(batch, meter, watch)
         lost_before = self.totals.lost
         failed = self.failures.check(f"iteration {batch.iteration + 1}")
@@ -122,10 +123,9 @@ class Trainer:
                 meter.seconds["audit"] = sum(watch.meter.seconds.values())
             elif self.ranks.is_main:
                 with meter.stage("audit"):
-                    audit = self.collector.audit(batch, audit_meter)
-            # one more group trains nothing, so its failures stop nothing; counted with the next iteration's they would
-            # be unknown to a run that is resumed from here
-            self.failures.collect()
+                    audit = self.collector.audit(batch, reward_of_audits, audit_meter)
+            # later they would be unknown to a run that is resumed from here
+            self.failures.collect_of_audits()
         record = self._record(updated.tally, meter, time.perf_counter() - start)
         audited = summed_over(self.ranks, audit_meter.cost)
         self.totals.audited += audited
