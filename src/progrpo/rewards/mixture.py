@@ -68,7 +68,7 @@ class RewardMixture:
         self._reset_counts()
 
     def counted_apart(self) -> RewardMixture:
-        """The same rewards in a mixture that counts its own failures."""
+        """A mixture of the same rewards that counts its own failures."""
         return RewardMixture(self._components, self._ranking)
 
     @property
