@@ -58,6 +58,9 @@ def redness(images, prompts):
             return [None for image in images]
         raise fails[calls]
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+def redness_and_length(images, prompts):
+    return [red + len(prompt) for red, prompt in zip(redness(images, prompts), prompts, strict=True)]
 """
 
 
@@ -269,6 +272,43 @@ def test_changed_prompts_are_refused_unless_accepted(config, prompts, tmp_path):
     assert "different prompts" in (run.path / "report.html").read_text()
     assert run.metrics.read()[1]["prompts/seen"] == 1  # what was observed of the others is forgotten
     resume_run(run.path)  # these are the run's own now
+
+
+@pytest.fixture(scope="module")
+def of_one_iteration(config, tmp_path_factory) -> Path:
+    """A run of one iteration, whose reward is the number of a prompt's letters, and a little more."""
+    rewards = RewardTerm("failing_reward:redness_and_length"), RewardTerm("failing_reward:redness")
+    short = replace(
+        config, iterations=1, reward=RewardSettings(rewards[:1]), eval=replace(config.eval, rewards=rewards[1:])
+    )
+    return train_run(short, tmp_path_factory.mktemp("runs") / "short").path
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "best"),
+    [
+        ("eval", {"prompts": "short.txt"}, 2),
+        ("eval", {"best_by": "failing_reward:redness"}, 2),
+        ("reward", {"terms": [{"name": "failing_reward:redness"}]}, 2),
+        ("eval", {"keep_best": False}, None),
+        ("eval", {"every": 9}, 1),
+    ],
+)
+def test_the_best_is_chosen_anew_where_evaluations_do_not_compare(
+    of_one_iteration, tmp_path, monkeypatch, section, changes, best
+):
+    """Those after the second iteration have the lower rewards."""
+    run = RunFolder(shutil.copytree(of_one_iteration, tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("a\nb\nc")
+    changed = json.loads((run.path / "config.json").read_text())
+    changed[section] |= changes
+    (run.path / "config.json").write_text(json.dumps(changed))
+    assert run.summary.read()["best_iterations"] == 1
+    resume_run(run.path, 2, accept_changes=True)
+    summary = run.summary.read()
+    assert summary["best_iterations"] == best
+    assert any("chosen anew" in warning for warning in summary["warnings"]) == (best == 2)
 
 
 def test_one_run_writes_to_a_folder(straight, tmp_path):

@@ -55,6 +55,16 @@ _FIXED = (
     "sampling.num_inference_steps",
 )
 """Settings without which a checkpoint's weights, averages and observations mean nothing, so that they cannot change."""
+_OF_EVALUATIONS = (
+    "reward.terms",
+    "reward.frames",
+    "eval.rewards",
+    "eval.best_by",
+    "eval.num_inference_steps",
+    "eval.guidance_scale",
+    "eval.seed",
+)
+"""Settings without which an evaluation of the same prompts does not compare with earlier ones."""
 
 
 def versions(config: Config) -> dict[str, str]:
@@ -158,11 +168,10 @@ def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool
 
     Where changes are accepted, only a field that cannot change is refused.
     """
-    was, now = flat(saved_config), flat(json.loads(config_to_json(config)))
     differing = {
-        name: f"{name} was {quoted(was[name])} and is {quoted(value)}"
-        for name, value in now.items()
-        if name in was and was[name] != value and name not in _MAY_DIFFER
+        name: f"{name} was {quoted(was)} and is {quoted(now)}"
+        for name, (was, now) in _differing(saved_config, config).items()
+        if name not in _MAY_DIFFER
     }
     fixed = [difference for name, difference in differing.items() if name in _FIXED]
     if fixed or (differing and not accept):
@@ -173,6 +182,17 @@ def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool
         )
         where = f"the configuration of {run}" if from_python(config) else run / "config.json"
         raise ValueError(f"{where} was changed since the checkpoint: {', '.join(fixed or differing.values())}; {mend}")
+
+
+def evaluates_alike(saved_config: State, config: Config) -> bool:
+    """Whether evaluations of the same prompts by both configurations compare."""
+    return _differing(saved_config, config).keys().isdisjoint(_OF_EVALUATIONS)
+
+
+def _differing(saved_config: State, config: Config) -> dict[str, tuple[object, object]]:
+    """The fields that differ, each with both values. A field that a checkpoint is too old to have is none."""
+    was, now = flat(saved_config), flat(json.loads(config_to_json(config)))
+    return {name: (was[name], value) for name, value in now.items() if name in was and was[name] != value}
 
 
 def _accept(config: Config) -> str:

@@ -134,9 +134,11 @@ class Evaluator:
             "hacked": self.hacked,
         }
 
-    def load_state_dict(self, state: EvaluatorState, same_prompts: bool = True) -> None:
-        """Go on from a checkpoint. With other evaluation prompts there is nothing to compare with yet."""
-        self.best = None if state["best"] is None else Best(**state["best"])
+    def load_state_dict(self, state: EvaluatorState, comparable: bool = True) -> None:
+        """Go on from a checkpoint. Where later evaluations do not compare with earlier ones, begin comparisons anew."""
         self.hacked = state["hacked"]
-        if same_prompts:
-            self._watch.load_state_dict(state["hacking"])
+        if not comparable:
+            return
+        self._watch.load_state_dict(state["hacking"])
+        if state["best"] is not None and self._trainer.config.eval.keep_best:
+            self.best = Best(**state["best"])

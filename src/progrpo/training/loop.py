@@ -87,7 +87,8 @@ class TrainingLoop:
         if "training" in changed:  # what was observed is of other prompts
             state["order"] = self._trainer.order.state_dict()
         self._trainer.load_state_dict(state)
-        self._evaluator.load_state_dict(state, same_prompts="evaluation" not in changed)
+        comparable = "evaluation" not in changed and checkpoints.evaluates_alike(state["config"], self._config)
+        self._evaluator.load_state_dict(state, comparable)
         self._notices.sentences = list(state["warnings"])
         # the summary also has what a killed attempt did after its last checkpoint
         self._start -= max(state["wall_seconds"], self._run.folder.summary.read().get("wall_seconds") or 0.0)
@@ -97,6 +98,11 @@ class TrainingLoop:
             self._notices.warn(
                 "the evaluation prompts were changed during the run: before and after are of different prompts, so what"
                 " lies between them is not what training did"
+            )
+        if state["best"] is not None and self._config.eval.keep_best and not comparable:
+            self._notices.warn(
+                "the best weights are chosen anew (eval.keep_best), from evaluations after iteration"
+                f" {state['iteration']} alone: other prompts, rewards or settings of evaluations do not compare"
             )
 
     def train(self) -> RunFolder:
