@@ -210,6 +210,8 @@ class Updater:
     def _update_of_each(self, own: Experience) -> Tensor:
         """The number (N,) of each own row's optimizer step."""
         living, updates = own.trajectories, self._config.updates_per_rollout
+        if updates == 1:  # nothing to ask other processes for
+            return torch.zeros(len(own), dtype=torch.int64)
         return self._in_whole_groups(partial(update_of_each, updates=updates), living.slot_N, living.member_N)
 
     def _half_of_each(self, own: Experience) -> Tensor:
