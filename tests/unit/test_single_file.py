@@ -123,8 +123,8 @@ def test_a_runs_lora_on_another_model_brings_the_lora_alone(tiny_sd, file, tmp_p
     (run / "config.json").write_text(config_to_json(Config(model=trained)))
     (run / "summary.json").write_text("{}")
     shutil.copytree(tiny_sd, other)
-    pipeline: Any = ModelChoice(str(other), lora=run).load(Ranks()).pipeline
+    policy: Any = ModelChoice(str(other), lora=run).load(Ranks())
     alone: Any = load_policy(ModelSettings(str(other), weights="full")).pipeline
-    assert_equal(pipeline.vae, alone.vae)
-    ours = {name.replace(".base_layer.", "."): weight for name, weight in pipeline.unet.state_dict().items()}
+    assert_equal(policy.pipeline.vae, alone.vae)
+    ours = {name.replace(".base_layer.", "."): weight for name, weight in policy.pipeline.unet.state_dict().items()}
     assert all(torch.equal(ours[name], weight) for name, weight in alone.unet.state_dict().items())
