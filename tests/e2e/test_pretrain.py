@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusion3Pipeline, 
 
 from progrpo.cli import main
 from progrpo.zoo.networks import build_transformer
+from progrpo.zoo.pretraining import Pretraining
 from progrpo.zoo.shapes.detector import load_detector
 from progrpo.zoo.shapes.models import noise_scheduler
 from progrpo.zoo.shapes.pretrain import Budget, pretrain
@@ -23,10 +25,18 @@ TINY = Budget(
 )
 
 
+def silent(out: Path, export: Path | None = None) -> Pretraining:
+    return Pretraining(out, device="cpu", export=export, log=lambda line: None)
+
+
+def telling(out: Path, lines: list[str], export: Path | None = None) -> Pretraining:
+    return replace(silent(out, export), log=lines.append)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrain")
-    pretrain(folder / "state", budget=TINY, device="cpu", export=folder / "weights", log=lambda line: None)
+    pretrain(silent(folder / "state", folder / "weights"), TINY)
     return folder
 
 
@@ -54,7 +64,7 @@ def test_judge_loads(exported: Path) -> None:
 @pytest.mark.slow
 def test_finished_stages_are_not_trained_again(exported: Path) -> None:
     lines: list[str] = []
-    again = pretrain(exported / "state", budget=TINY, device="cpu", log=lines.append)
+    again = pretrain(telling(exported / "state", lines), TINY)
     assert "flow: resumed at step 3" in lines
     first = StableDiffusion3Pipeline.from_pretrained(exported / "weights" / "shapes-flow").transformer.state_dict()
     assert all(torch.equal(first[name], t) for name, t in again.transformer.state_dict().items())
@@ -64,7 +74,7 @@ def test_finished_stages_are_not_trained_again(exported: Path) -> None:
 def test_an_exported_model_is_trained_further(exported: Path, tmp_path: Path) -> None:
     start = exported / "weights" / "shapes-flow"
     before = StableDiffusion3Pipeline.from_pretrained(start)
-    further = pretrain(tmp_path, budget=TINY, device="cpu", start=start, log=lambda line: None)
+    further = pretrain(silent(tmp_path), TINY, start)
     kept, moved = before.vae.state_dict(), before.transformer.state_dict()
     assert all(torch.equal(kept[name], t) for name, t in further.vae.state_dict().items())
     change = sum((moved[name] - t).norm() for name, t in further.transformer.state_dict().items())
@@ -80,14 +90,7 @@ TINY_TAUGHT = DiffusionBudget(pictures=64, steps=3, batch=4, test_pictures=12)
 @pytest.fixture(scope="module")
 def taught(exported: Path) -> Path:
     weights = exported / "weights"
-    pretrain_diffusion(
-        exported / "taught",
-        teacher=weights / "shapes-flow",
-        budget=TINY_TAUGHT,
-        device="cpu",
-        export=weights,
-        log=lambda line: None,
-    )
+    pretrain_diffusion(silent(exported / "taught", weights), TINY_TAUGHT, weights / "shapes-flow")
     return weights / "shapes-diffusion"
 
 
@@ -112,7 +115,7 @@ def test_it_shares_its_teachers_autoencoder(taught: Path) -> None:
 def test_its_training_goes_on_where_it_stopped(taught: Path) -> None:
     lines: list[str] = []
     teacher, state = taught.parent / "shapes-flow", taught.parent.parent / "taught"
-    again = pretrain_diffusion(state, teacher=teacher, budget=TINY_TAUGHT, device="cpu", log=lines.append)
+    again = pretrain_diffusion(telling(state, lines), TINY_TAUGHT, teacher)
     assert "unet: resumed at step 3" in lines
     first = StableDiffusionPipeline.from_pretrained(taught).unet.state_dict()
     assert all(torch.equal(first[name], t) for name, t in again.unet.state_dict().items())
@@ -152,14 +155,7 @@ TINY_DECODER = TinyBudget(drawn=4, sampled=2, steps=3, batch=4, test_groups=6, g
 @pytest.fixture(scope="module")
 def distilled(exported: Path) -> Path:
     weights = exported / "weights"
-    pretrain_tiny(
-        exported / "distilled",
-        teacher=weights / "shapes-flow",
-        budget=TINY_DECODER,
-        device="cpu",
-        export=weights,
-        log=lambda line: None,
-    )
+    pretrain_tiny(silent(exported / "distilled", weights), TINY_DECODER, weights / "shapes-flow")
     return weights / "shapes-tiny"
 
 
@@ -180,7 +176,7 @@ def test_its_figures_stand_beside_it(distilled: Path) -> None:
 def test_the_tiny_decoders_training_goes_on_where_it_stopped(distilled: Path) -> None:
     lines: list[str] = []
     teacher, state = distilled.parent / "shapes-flow", distilled.parent.parent / "distilled"
-    again = pretrain_tiny(state, teacher=teacher, budget=TINY_DECODER, device="cpu", log=lines.append)
+    again = pretrain_tiny(telling(state, lines), TINY_DECODER, teacher)
     assert "decoder: resumed at step 3" in lines and not any(line.startswith("pairs") for line in lines)
     first = AutoencoderTiny.from_pretrained(distilled).state_dict()
     assert all(torch.equal(first[name], t) for name, t in again.state_dict().items())
@@ -196,14 +192,14 @@ def test_the_model_of_words_begins_with_that_of_shapes_and_goes_on_where_it_stop
     pytest.importorskip("rapidocr")
     budget = WordsBudget(vae_steps=2, vae_batch=2, pictures=64, flow_steps=3, flow_batch=4, test_pictures=6)
     start, lines = exported / "weights" / "shapes-flow", list[str]()
-    pretrain_words(tmp_path / "state", start=start, budget=budget, device="cpu", export=tmp_path, log=lines.append)
+    pretrain_words(telling(tmp_path / "state", lines, tmp_path), budget, start)
     words = StableDiffusion3Pipeline.from_pretrained(tmp_path / "words-flow")
     assert words.tokenizer.tokenize("cat") == ["c", "a", "t</w>"]
     before = StableDiffusion3Pipeline.from_pretrained(start).transformer.state_dict()
     after = words.transformer.state_dict()
     change = sum((before[name] - t).norm() for name, t in after.items())
     assert 0 < change < sum((before[name] - t).norm() for name, t in build_transformer().state_dict().items()) / 2
-    again = pretrain_words(tmp_path / "state", start=start, budget=budget, device="cpu", log=lines.append)
+    again = pretrain_words(telling(tmp_path / "state", lines), budget, start)
     assert "flow: resumed at step 3" in lines
     assert all(torch.equal(after[name], t) for name, t in again.transformer.state_dict().items())
     assert json.loads((tmp_path / "words-flow" / "figures.json").read_text())["drawn"]["exact"] > 0.5

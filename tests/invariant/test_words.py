@@ -1,4 +1,5 @@
-"""Docstrings begin with a noun or a verb in the imperative, and names say what they hold, by benchmarks/house.py."""
+"""Docstrings begin with a noun or a verb in the imperative, names say what they hold, and functions take six parameters
+at most, by benchmarks/house.py."""
 
 from __future__ import annotations
 
@@ -70,3 +71,12 @@ def test_every_name_says_what_it_holds(house: Any) -> None:
     word = re.compile(rf"\b({'|'.join(house.PRIVATE_WORDS)})\b")  # most files have none, and parsing takes seconds
     suspects = {file: ast.parse(text) for file, text in texts.items() if word.search(text)}
     assert [place for file, tree in suspects.items() for place in house.private_words(file, tree, ROOT)] == []
+
+
+def test_no_function_takes_more_than_six_parameters(house: Any) -> None:
+    every = (
+        function
+        for file in house.sources(ROOT)
+        for function in house.functions(file, ast.parse(file.read_text(encoding="utf-8")), ROOT)
+    )
+    assert [function for function in every if function.parameters > house.MOST_PARAMETERS] == []

@@ -1,6 +1,7 @@
 """A stage of pretraining: its learning rate, its averaged weights, and that it goes on where it stopped."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from progrpo.storage import load_state
-from progrpo.zoo.pretraining import Ema, train_stage
+from progrpo.zoo.pretraining import Ema, Pretraining, StageSettings, train_stage
 
 STEPS = 12
+OFTEN = StageSettings(STEPS, lr=1e-2, minutes_between_checkpoints=0.0)
+AT_THE_END = replace(OFTEN, minutes_between_checkpoints=1e9)
+
+
+def run_in(out: Path, log: Callable[[str], None] = lambda line: None) -> Pretraining:
+    return Pretraining(out, device="cpu", log=log)
 
 
 def network() -> nn.Sequential:
@@ -32,17 +39,15 @@ def regression(module: nn.Module, dies_at: int | None = None) -> Callable[[int],
     return loss_of
 
 
-def train(module: nn.Module, out: Path, dies_at: int | None = None, minutes: float = 0.0, **options) -> list[str]:
+def train(
+    module: nn.Module,
+    out: Path,
+    dies_at: int | None = None,
+    settings: StageSettings = OFTEN,
+    evaluate: Callable[[], str] | None = None,
+) -> list[str]:
     lines: list[str] = []
-    train_stage(
-        "stage",
-        module,
-        regression(module, dies_at),
-        **{"steps": STEPS, "lr": 1e-2, **options},
-        out=out,
-        minutes_between_checkpoints=minutes,
-        log=lines.append,
-    )
+    train_stage("stage", module, regression(module, dies_at), settings, run_in(out, lines.append), evaluate)
     return lines
 
 
@@ -61,12 +66,13 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("dies_at", [1, 7])
 def test_a_resumed_stage_is_a_straight_one(dies_at, matrices, tmp_path):
     straight = network()
-    train(straight, tmp_path / "straight", minutes=1e9, matrices=matrices)
+    train(straight, tmp_path / "straight", settings=replace(AT_THE_END, matrices=matrices))
 
+    often = replace(OFTEN, matrices=matrices)
     with pytest.raises(KeyboardInterrupt):
-        train(network(), tmp_path / "stopped", dies_at, matrices=matrices)
+        train(network(), tmp_path / "stopped", dies_at, often)
     resumed = network()
-    lines = train(resumed, tmp_path / "stopped", matrices=matrices)
+    lines = train(resumed, tmp_path / "stopped", settings=often)
     assert lines[0] == f"stage: resumed at step {dies_at}"
     assert equal(straight, resumed)
 
@@ -95,9 +101,7 @@ def test_a_convolution_is_trained_as_its_matrix(tmp_path):
         return loss_of
 
     for module, name, matrices in ((linear, "linear", ("1.weight",)), (convolution, "convolution", ("0.weight",))):
-        train_stage(
-            name, module, fit(module), steps=STEPS, lr=1e-2, out=tmp_path, matrices=matrices, log=lambda line: None
-        )
+        train_stage(name, module, fit(module), replace(OFTEN, matrices=matrices), run_in(tmp_path))
     torch.testing.assert_close(kernel.flatten(1), weight, rtol=0, atol=1e-5)
     assert (kernel - before).abs().max() > 1e-3
 
@@ -106,7 +110,7 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path):
     straight, again = network(), network()
     train(straight, tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
-        train(network(), tmp_path / "stopped", dies_at=5, minutes=1e9)
+        train(network(), tmp_path / "stopped", dies_at=5, settings=AT_THE_END)
     assert train(again, tmp_path / "stopped")[0].startswith("stage: step 1/12")
     assert equal(straight, again)
 
@@ -167,8 +171,8 @@ def test_learning_rate_warms_up_stays_and_falls(steps, decay_fraction, tmp_path)
         path.append(module.weight.item())
         return module.weight.sum()
 
-    options = {"steps": steps, "lr": 1e-2, "decay_fraction": decay_fraction, "ema_decay": 0.0}
-    train_stage("stage", module, loss_of, **options, out=tmp_path, minutes_between_checkpoints=1e9, log=lambda _: None)
+    settings = replace(AT_THE_END, steps=steps, decay_fraction=decay_fraction, ema_decay=0.0)
+    train_stage("stage", module, loss_of, settings, run_in(tmp_path))
     path.append(load_state(tmp_path / "stage")["module"]["weight"].item())
     rates = [(a - b) / (1 + 0.01 * a) for a, b in pairwise(path)]
     expected = [1e-2 * min(1, (t + 1) / 100, (steps - t) / (decay_fraction * steps)) for t in range(steps)]

@@ -10,6 +10,7 @@ from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from torch import Tensor
 
 from progrpo.zoo import WEIGHTS
+from progrpo.zoo.pretraining import Pretraining
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.pretrain_tiny import (
     STEPS,
@@ -63,7 +64,7 @@ def test_projections_grow_sharp_and_depend_on_their_noise_alone():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> tuple[Tensor, Tensor]:
-    return cache_pairs(flow(), tmp_path_factory.mktemp("pairs"), SMALL, 0, lambda line: None)
+    return cache_pairs(flow(), SMALL, Pretraining(tmp_path_factory.mktemp("pairs"), log=lambda line: None))
 
 
 def test_a_pair_is_a_latent_and_its_full_decoding(pairs):
@@ -82,8 +83,9 @@ def test_the_loss_falls(pairs, tmp_path):
     before = pixel_error(decoded(tiny, z), pictures.numpy())
     encoder = [p.clone() for p in tiny.encoder.parameters()]
     lines: list[str] = []
+    run = Pretraining(tmp_path, device="cpu", log=lines.append)
     for _ in range(2):  # the second time it only loads
-        train_decoder(tiny, z, pictures, held_out, tmp_path, SMALL, 0, torch.device("cpu"), lines.append)
+        train_decoder(tiny, z, pictures, held_out, SMALL, run)
     assert "held-out |error|" in lines[0] and lines[1] == f"decoder: resumed at step {SMALL.steps}"
     assert pixel_error(decoded(tiny, z), pictures.numpy()) < 0.8 * before
     assert all(torch.equal(a, b) for a, b in zip(encoder, tiny.encoder.parameters(), strict=True))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from progrpo.cli.command import Command, as_option, check_device, check_range, require_run, sampling_given
+
+if TYPE_CHECKING:
+    from progrpo.zoo.pretraining import Pretraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,43 +153,44 @@ class Pretrain(Command):
             if self.model not in models and getattr(self, name) not in (None, False):
                 raise ValueError(f"{as_option(name)} is an option of {' and '.join(models)}, not of {self.model}")
         from progrpo.zoo import WEIGHTS
+        from progrpo.zoo.pretraining import Pretraining
 
         out = self.out or Path("runs/pretrain") / self.model
-        export = WEIGHTS if self.export else None
+        if self.from_shipped:  # a folder of its own: one resumed state must not mix latents and weights of two models
+            out /= "from-shipped"
+        run = Pretraining(out, device=self.device, export=WEIGHTS if self.export else None)
+        shipped = WEIGHTS / "shapes-flow"
         if self.model == "shapes-diffusion":
-            self._pretrain_diffusion(WEIGHTS / "shapes-flow", out, export)
+            self._pretrain_diffusion(run, shipped)
         elif self.model == "shapes-tiny":
-            self._pretrain_tiny(WEIGHTS / "shapes-flow", out, export)
+            self._pretrain_tiny(run, shipped)
         elif self.model == "words-flow":
-            self._pretrain_words(WEIGHTS / "shapes-flow", out, export)
+            self._pretrain_words(run, shipped)
         else:
-            self._pretrain_flow(WEIGHTS / "shapes-flow", out, export)
+            self._pretrain_flow(run, shipped if self.from_shipped else None)
 
-    def _pretrain_flow(self, shipped: Path, out: Path, export: Path | None) -> None:
+    def _pretrain_flow(self, run: Pretraining, start: Path | None) -> None:
         from progrpo.zoo.shapes.pretrain import Budget, pretrain
 
         steps = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps, "judge_steps": self.judge_steps}
         budget = Budget(**{name: number for name, number in steps.items() if number is not None})
-        if self.from_shipped:  # a folder of its own: one resumed state must not mix latents and weights of two models
-            pretrain(out / "from-shipped", budget=budget, device=self.device, start=shipped, export=export)
-        else:
-            pretrain(out, budget=budget, device=self.device, start=None, export=export)
+        pretrain(run, budget, start)
 
-    def _pretrain_diffusion(self, teacher: Path, out: Path, export: Path | None) -> None:
+    def _pretrain_diffusion(self, run: Pretraining, teacher: Path) -> None:
         from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, pretrain_diffusion
 
         budget = DiffusionBudget() if self.unet_steps is None else DiffusionBudget(steps=self.unet_steps)
-        pretrain_diffusion(out, teacher=teacher, budget=budget, device=self.device, export=export)
+        pretrain_diffusion(run, budget, teacher)
 
-    def _pretrain_tiny(self, teacher: Path, out: Path, export: Path | None) -> None:
+    def _pretrain_tiny(self, run: Pretraining, teacher: Path) -> None:
         from progrpo.zoo.shapes.pretrain_tiny import TinyBudget, pretrain_tiny
 
         budget = TinyBudget() if self.decoder_steps is None else TinyBudget(steps=self.decoder_steps)
-        pretrain_tiny(out, teacher=teacher, budget=budget, device=self.device, export=export)
+        pretrain_tiny(run, budget, teacher)
 
-    def _pretrain_words(self, start: Path, out: Path, export: Path | None) -> None:
+    def _pretrain_words(self, run: Pretraining, start: Path) -> None:
         from progrpo.zoo.words.pretrain import WordsBudget, pretrain_words
 
         steps = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps}
         budget = WordsBudget(**{name: number for name, number in steps.items() if number is not None})
-        pretrain_words(out, start=start, budget=budget, device=self.device, export=export)
+        pretrain_words(run, budget, start)

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.zoo.networks import TextStack, to_tensor
-from progrpo.zoo.pretraining import train_stage
+from progrpo.zoo.pretraining import Pretraining, StageSettings, train_stage
 
 DROP_TEXT = 0.1  # the share of empty prompts, for classifier-free guidance
 CHUNK = 64  # pictures that are encoded at once: more fall out of the processor's cache
 KL_WEIGHT = 3e-4  # on the mean over latent elements: it keeps the posterior wide, so that decoders forgive small errors
 _WORTH_COMPILING = 1_000  # steps: a compilation takes a minute
-Log = Callable[[str], None]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -44,18 +42,18 @@ def vae_loss(vae: AutoencoderKL, x_NCHW: Tensor, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKL, out: Path, chunks: Iterable[np.ndarray], log: Log) -> Tensor:
+def cache_latents(vae: AutoencoderKL, chunks: Iterable[np.ndarray], run: Pretraining) -> Tensor:
     """Encode pictures once, uint8 (N, H, W, 3) each. Return float16 posterior means (M, 8, 16, 16), normalised.
 
-    The autoencoder's shift and scale are set so that latents have mean 0 and variance 1. A finished file in `out` is
-    read, and no picture is drawn.
+    The autoencoder's shift and scale are set so that latents have mean 0 and variance 1. A finished file of the
+    run is read, and no picture is drawn.
     """
-    file = out / "latents.safetensors"
+    file = run.out / "latents.safetensors"
     if not file.exists():
         means: list[Tensor] = []
         for pictures in chunks:
             if len(means) % 160 == 0:
-                log(f"latents: {len(means)} batches")
+                run.log(f"latents: {len(means)} batches")
             means.append(vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode().half().cpu())
         save_file({"z": torch.cat(means).contiguous()}, file)
     z = load_file(file)["z"]
@@ -75,16 +73,14 @@ class FlowData:
     """Numbers of T5 tokens, with the share of batches that has each."""
     steps: int
     batch: int
-    seed: int
 
 
 def train_flow(
     text: TextStack,
     transformer: SD3Transformer2DModel,
     data: FlowData,
-    out: Path,
+    run: Pretraining,
     evaluate: Callable[[], str],
-    log: Log,
 ) -> None:
     """Train denoiser and text encoders, on the denoiser's device, as a rectified flow (arXiv 2209.03003).
 
@@ -103,10 +99,10 @@ def train_flow(
             v = transformer(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
         return (v.float() - target).square().mean()
 
-    fast_error = compiled(error, data.steps, log)
+    fast_error = compiled(error, data.steps, run.log)
 
     def loss_of(step: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed_of(3, data.seed, step))
+        g = torch.Generator().manual_seed(seed_of(3, run.seed, step))
         chosen = torch.randint(len(rows), (data.batch,), generator=g)
         row = torch.where(torch.rand(len(chosen), generator=g) < DROP_TEXT, 0, rows[chosen])
         shares = torch.tensor(list(data.lengths.values()))
@@ -123,21 +119,11 @@ def train_flow(
             return (fast_error if length == min(data.lengths) else error)(x, sigma, eps - x0, *tokens)
 
     blocks = [n for n, p in module.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
-    train_stage(
-        "flow",
-        module,
-        loss_of,
-        steps=data.steps,
-        lr=1e-3,
-        out=out,
-        matrices=blocks,
-        decay_fraction=0.5,
-        evaluate=evaluate,
-        log=log,
-    )
+    settings = StageSettings(data.steps, lr=1e-3, decay_fraction=0.5, matrices=blocks)
+    train_stage("flow", module, loss_of, settings, run, evaluate)
 
 
-def compiled(function: Callable[P, T], steps: int, log: Log) -> Callable[P, T]:
+def compiled(function: Callable[P, T], steps: int, log: Callable[[str], None]) -> Callable[P, T]:
     """Compile a function by torch, which makes it a quarter faster. Without a compiler, log it and return the
     function.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,40 @@ from progrpo.durable import whole_folder, write_text
 from progrpo.storage import load_state, save_state
 
 
-def begin(out: Path, seed: int, device: str) -> torch.device:
-    """Make the folder, seed torch's generator and return the device; `auto` is a GPU where there is one."""
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+@dataclass(frozen=True)
+class Pretraining:
+    """A run of pretraining: the folder `out` of its stages, their seed and device, and where lines and weights go.
 
-
-def export_model(
-    model: DiffusionPipeline | ModelMixin,
-    name: str,
-    figures: Mapping[str, object],
-    out: Path,
-    export: Path | None,
-    log: Callable[[str], None],
-) -> None:
-    """Log a model's figures and write them to `out`. With `export`, write the model's folder `name` and its figures
-    there.
+    `device` auto is a GPU where there is one. Without `export` no weights are written beside the stages.
     """
-    text = json.dumps(figures, indent=1)
-    write_text(out / "figures.json", text)
-    log(text)
-    if export:
-        model.save_pretrained(export / name)
-        write_text(export / name / "figures.json", text)
+
+    out: Path
+    seed: int = 0
+    device: str = "auto"
+    export: Path | None = None
+    log: Callable[[str], None] = print
+
+    @property
+    def place(self) -> torch.device:
+        """The device, as torch names it."""
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(automatic if self.device == "auto" else self.device)
+
+    def begin(self) -> None:
+        """Make the folder, and seed torch's generator."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(self.seed)
+
+    def export_model(self, model: DiffusionPipeline | ModelMixin, name: str, figures: Mapping[str, object]) -> None:
+        """Log a model's figures and write them to `out`. With `export`, write the model's folder `name` and its
+        figures there.
+        """
+        text = json.dumps(figures, indent=1)
+        write_text(self.out / "figures.json", text)
+        self.log(text)
+        if self.export:
+            model.save_pretrained(self.export / name)
+            write_text(self.export / name / "figures.json", text)
 
 
 def sample_pictures(pipeline: DiffusionPipeline, texts: Sequence[str], seed: int, **options: Any) -> np.ndarray:
@@ -105,35 +116,46 @@ class _Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
 
+@dataclass(frozen=True)
+class StageSettings:
+    """The settings of a stage of training.
+
+    The learning rate warms up to `lr` over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`.
+    Muon trains the parameters named in `matrices`, which must be weights of hidden layers, with updates of AdamW's size
+    (arXiv 2502.16982). AdamW trains all others.
+    """
+
+    steps: int
+    lr: float
+    decay_fraction: float = 0.25
+    matrices: Collection[str] = ()
+    ema_decay: float = 0.999
+    minutes_between_checkpoints: float = 3.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a zero-based step."""
+        warm = min(1.0, (step + 1) / 100)
+        fall = (self.steps - step) / max(1, self.decay_fraction * self.steps)
+        return self.lr * min(warm, fall)
+
+
 def train_stage(
     name: str,
     module: torch.nn.Module,
     loss_of: Callable[[int], torch.Tensor],
-    *,
-    steps: int,
-    lr: float,
-    out: Path,
-    matrices: Collection[str] = (),
-    decay_fraction: float = 0.25,
-    ema_decay: float = 0.999,
+    settings: StageSettings,
+    run: Pretraining,
     evaluate: Callable[[], str] | None = None,
-    minutes_between_checkpoints: float = 3.0,
-    log: Callable[[str], None] = print,
 ) -> None:
-    """Train `module` for `steps` steps, from `out`/`name` if that exists, and leave it with averaged weights.
+    """Train `module`, from the run's folder `name` if that exists, and leave it with averaged weights.
 
-    Muon trains the parameters named in `matrices`, which must be weights of hidden layers, with updates of AdamW's size
-    (arXiv 2502.16982). AdamW trains all others.
-
-    `loss_of(step)` must be a function of the step number alone, so that a resumed stage sees the same data. The
-    learning rate warms up over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`. More
-    `steps` for a stage whose rate has begun to fall raise the rate again, and the stage then differs from one without a
-    stop.
+    `loss_of(step)` must be a function of the step number alone, so that a resumed stage sees the same data. More steps
+    for a stage whose rate has begun to fall raise the rate again, and the stage then differs from one without a stop.
     """
-    folder = out / name
+    folder, steps = run.out / name, settings.steps
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizers = _Optimizers(module, matrices, lr)
-    ema = Ema(parameters, ema_decay)
+    optimizers = _Optimizers(module, settings.matrices, settings.lr)
+    ema = Ema(parameters, settings.ema_decay)
     step = 0
     if whole_folder(folder).exists():
         saved = load_state(folder)
@@ -143,7 +165,7 @@ def train_stage(
         ema.updates = saved["ema_updates"]
         ema.shadow = [s.to(parameters[0].device) for s in saved["ema"]]
         step = saved["step"]
-        log(f"{name}: resumed at step {step}")
+        run.log(f"{name}: resumed at step {step}")
 
     def checkpoint() -> None:
         state = {
@@ -164,21 +186,19 @@ def train_stage(
         module.train()
         left = (steps - step) / max(rate, 1e-9) / 60
         mean = sum(losses) / max(len(losses), 1)
-        log(f"{name}: step {step}/{steps}  loss {mean:.5f}  {rate:.2f} steps/s  {left:.0f} min left  {measured}")
+        run.log(f"{name}: step {step}/{steps}  loss {mean:.5f}  {rate:.2f} steps/s  {left:.0f} min left  {measured}")
 
     module.train()
     since, first, losses = time.monotonic(), step, []
     while step < steps:
-        warm = min(1.0, (step + 1) / 100)
-        fall = (steps - step) / max(1, decay_fraction * steps)
         loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizers.step(lr * min(warm, fall))
+        optimizers.step(settings.rate(step))
         ema.update(parameters)
         step += 1
         losses.append(float(loss.detach()))
-        if time.monotonic() - since > 60 * minutes_between_checkpoints or step == steps:
+        if time.monotonic() - since > 60 * settings.minutes_between_checkpoints or step == steps:
             rate = (step - first) / (time.monotonic() - since)
             checkpoint()
             report(losses, rate)

@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
 from progrpo.types import Prompt
-from progrpo.zoo.flow import CHUNK, FlowData, Log, cache_latents, seed_of, train_flow, vae_loss
+from progrpo.zoo.flow import CHUNK, FlowData, cache_latents, seed_of, train_flow, vae_loss
 from progrpo.zoo.networks import assemble, build_transformer, build_vae, load_parts, to_pictures, to_tensor
-from progrpo.zoo.pretraining import begin, export_model, sample_pictures, train_stage
+from progrpo.zoo.pretraining import Pretraining, StageSettings, sample_pictures, train_stage
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.detector import ShapeDetector, detector_loss, save_detector
 from progrpo.zoo.shapes.models import build_text
@@ -47,14 +47,14 @@ class Budget:
     test_pictures: int = 512
 
 
-def train_vae(out: Path, budget: Budget, seed: int, device: torch.device, log: Log) -> AutoencoderKL:
-    torch.manual_seed(seed)
-    vae = build_vae().to(device)
+def train_vae(budget: Budget, run: Pretraining) -> AutoencoderKL:
+    torch.manual_seed(run.seed)
+    vae = build_vae().to(run.place)
     prompts, pictures = world.examples("validation", 192, seed=1)
-    held_out = to_tensor(pictures).to(device)
+    held_out = to_tensor(pictures).to(vae.device)
 
     def loss_of(step: int) -> Tensor:
-        x = to_tensor(world.examples("train", budget.vae_batch, seed_of(1, seed, step))[1]).to(device)
+        x = to_tensor(world.examples("train", budget.vae_batch, seed_of(1, run.seed, step))[1]).to(vae.device)
         return vae_loss(vae, x, step)
 
     def evaluate() -> str:
@@ -62,34 +62,34 @@ def train_vae(out: Path, budget: Budget, seed: int, device: torch.device, log: L
         strict = np.mean([v.strict for v in verify(to_pictures(decoded), prompts)])
         return f"held-out |error| {(decoded - held_out).abs().mean():.4f}, strict round trip {strict:.3f}"
 
-    train_stage("vae", vae, loss_of, steps=budget.vae_steps, lr=2e-3, out=out, evaluate=evaluate, log=log)
+    train_stage("vae", vae, loss_of, StageSettings(budget.vae_steps, lr=2e-3), run, evaluate)
     return vae
 
 
-def train_detector(out: Path, budget: Budget, seed: int, log: Log) -> ShapeDetector:
-    torch.manual_seed(seed)
+def train_detector(budget: Budget, run: Pretraining) -> ShapeDetector:
+    torch.manual_seed(run.seed)
     detector = ShapeDetector()
     prompts, pictures = world.examples("validation", 256, seed=1)
 
     def loss_of(step: int) -> Tensor:
-        return detector_loss(detector, budget.judge_batch, seed_of(2, seed, step))
+        return detector_loss(detector, budget.judge_batch, seed_of(2, run.seed, step))
 
     def evaluate() -> str:
         return f"passes drawn truth {np.mean(detector.passes(pictures, prompts)):.3f}"
 
-    train_stage("judge", detector, loss_of, steps=budget.judge_steps, lr=2e-3, out=out, evaluate=evaluate, log=log)
+    train_stage("judge", detector, loss_of, StageSettings(budget.judge_steps, lr=2e-3), run, evaluate)
     return detector
 
 
-def cache_drawn(vae: AutoencoderKL, out: Path, count: int, seed: int, log: Log) -> tuple[Tensor, list[Prompt]]:
+def cache_drawn(vae: AutoencoderKL, count: int, run: Pretraining) -> tuple[Tensor, list[Prompt]]:
     """Draw the training pictures and cache their latents. Return these, float16 (M, 8, 16, 16), and their prompts."""
-    rng = np.random.default_rng([seed, 4])
+    rng = np.random.default_rng([run.seed, 4])
     table = world.prompts("train")
     kinds = rng.choice(list(KIND_WEIGHTS), count, p=list(KIND_WEIGHTS.values()))
     prompts = [table[k][rng.integers(len(table[k]))] for k in kinds]
     starts = range(0, count, CHUNK)
     chunks = (np.stack([world.draw(world.scene_for(p, rng)) for p in prompts[i : i + CHUNK]]) for i in starts)
-    return cache_latents(vae, out, chunks, log), prompts
+    return cache_latents(vae, chunks, run), prompts
 
 
 @torch.no_grad()
@@ -151,41 +151,32 @@ def figures(
     }
 
 
-def pretrain(
-    out: Path,
-    *,
-    budget: Budget,
-    seed: int = 0,
-    device: str = "auto",
-    start: Path | None = None,
-    export: Path | None = None,
-    log: Log = print,
-) -> StableDiffusion3Pipeline:
-    """Run or resume every stage in `out`. With `export`, write the folders of the pipeline and of the detector there.
+def pretrain(run: Pretraining, budget: Budget, start: Path | None = None) -> StableDiffusion3Pipeline:
+    """Run or resume every stage, and export the folders of the pipeline and of the detector if asked to.
 
-    `device` auto is a GPU where there is one. With `start`, the folder of an exported `shapes-flow`, its text encoders
-    and its denoiser are trained further, and its autoencoder stays.
+    With `start`, the folder of an exported `shapes-flow`, its text encoders and its denoiser are trained further, and
+    its autoencoder stays.
     """
-    place = begin(out, seed, device)
-    text, transformer = build_text(), build_transformer().to(place)
-    vae = load_parts(start, text, transformer).to(place) if start else train_vae(out, budget, seed, place, log)
-    z, prompts = cache_drawn(vae, out, budget.pictures, seed, log)
+    run.begin()
+    text, transformer = build_text(), build_transformer().to(run.place)
+    vae = load_parts(start, text, transformer).to(run.place) if start else train_vae(budget, run)
+    z, prompts = cache_drawn(vae, budget.pictures, run)
 
     def evaluate() -> str:
         scores = measure(assemble(vae, text, transformer), "validation", 96, seed=5, max_sequence_length=min(LENGTHS))
         return f"validation strict {scores['strict']:.3f}, graded {scores['graded']:.3f}"
 
-    data = FlowData(z, [p.text for p in prompts], LENGTHS, budget.flow_steps, budget.flow_batch, seed)
-    train_flow(text, transformer, data, out, evaluate, log)
-    detector = train_detector(out, budget, seed, log)
+    data = FlowData(z, [p.text for p in prompts], LENGTHS, budget.flow_steps, budget.flow_batch)
+    train_flow(text, transformer, data, run, evaluate)
+    detector = train_detector(budget, run)
     pipeline = assemble(vae, text, transformer)
-    log("measuring the finished model on test prompts")
+    run.log("measuring the finished model on test prompts")
     more: dict[str, dict[str, Any]] = {
         "10 steps, 256 T5 tokens": {"max_sequence_length": 256},
         "28 steps, guidance 7, 256 T5 tokens": {**_DEFAULTS, "pictures": budget.test_pictures // 2},
     }
     measured = figures(pipeline, budget.test_pictures, more, max_sequence_length=min(LENGTHS))
-    export_model(pipeline, "shapes-flow", measured, out, export, log)
-    if export:
-        save_detector(detector, export / "shapes-judge")
+    run.export_model(pipeline, "shapes-flow", measured)
+    if run.export:
+        save_detector(detector, run.export / "shapes-judge")
     return pipeline

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
 from progrpo.types import Prompt
-from progrpo.zoo.flow import DROP_TEXT, Log, compiled
-from progrpo.zoo.pretraining import begin, export_model, train_stage
+from progrpo.zoo.flow import DROP_TEXT, compiled
+from progrpo.zoo.pretraining import Pretraining, StageSettings, train_stage
 from progrpo.zoo.shapes.models import assemble_diffusion, build_unet, noise_scheduler
 from progrpo.zoo.shapes.pretrain import cache_drawn, figures, measure
 
@@ -113,18 +113,15 @@ def train_unet(
     flow: StableDiffusion3Pipeline,
     z: Tensor,
     prompts: list[Prompt],
-    out: Path,
     budget: DiffusionBudget,
-    seed: int,
-    device: torch.device,
-    log: Log,
+    run: Pretraining,
 ) -> None:
     """Regress the teacher's noise at uniform timesteps, with the weights of the flow's velocity up to MAX_WEIGHT.
 
     The U-Net's transformers have the teacher's 8x8 grid. A linear map of each also regresses one of the teacher's last
     three blocks, by the share of unexplained variance. `z` are the flow model's normalised latents.
     """
-    clip, unet = pipeline.text_encoder, pipeline.unet
+    device, clip, unet = run.place, pipeline.text_encoder, pipeline.unet
     transformers = [*unet.down_blocks[1].attentions, *unet.up_blocks[0].attentions]
     wide, taught = unet.config.block_out_channels[1], flow.transformer.inner_dim
     hints = nn.ModuleList(nn.Linear(wide, taught) for _ in transformers)
@@ -147,11 +144,11 @@ def train_unet(
         with torch.autocast(device.type, torch.bfloat16):
             return teacher.noise(x, alpha, sigma, row), [h.float() for h in teacher.taps.outputs]
 
-    fast_predict = compiled(predict, budget.steps, log)
-    fast_teach = compiled(teach, budget.steps, log)
+    fast_predict = compiled(predict, budget.steps, run.log)
+    fast_teach = compiled(teach, budget.steps, run.log)
 
     def loss_of(step: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed * 10_000_000 + step)
+        g = torch.Generator().manual_seed(run.seed * 10_000_000 + step)
         chosen = torch.randint(len(prompts), (budget.batch,), generator=g)
         row = torch.where(torch.rand(len(chosen), generator=g) < DROP_TEXT, 0, rows[chosen])
         x0 = z[chosen].float().to(device) + teacher.offset
@@ -173,18 +170,8 @@ def train_unet(
         return f"validation strict {scores['strict']:.3f}, graded {scores['graded']:.3f}"
 
     matrices = [n for n, p in module.named_parameters() if _is_hidden(n, p)]
-    train_stage(
-        "unet",
-        module,
-        loss_of,
-        steps=budget.steps,
-        lr=1e-3,
-        out=out,
-        matrices=matrices,
-        decay_fraction=0.5,
-        evaluate=evaluate,
-        log=log,
-    )
+    settings = StageSettings(budget.steps, lr=1e-3, decay_fraction=0.5, matrices=matrices)
+    train_stage("unet", module, loss_of, settings, run, evaluate)
     taps.remove()
 
 
@@ -196,28 +183,19 @@ def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
     return convolution or "transformer_blocks" in name or "time_emb_proj" in name
 
 
-def pretrain_diffusion(
-    out: Path,
-    *,
-    teacher: Path,
-    budget: DiffusionBudget,
-    seed: int = 0,
-    device: str = "auto",
-    export: Path | None = None,
-    log: Log = print,
-) -> StableDiffusionPipeline:
-    """Run or resume the training in `out`. With `export`, write the pipeline's folder there.
+def pretrain_diffusion(run: Pretraining, budget: DiffusionBudget, teacher: Path) -> StableDiffusionPipeline:
+    """Run or resume the training, and export the pipeline's folder if asked to.
 
-    `teacher` is the folder of `shapes-flow`. `device` auto is a GPU where there is one.
+    `teacher` is the folder of `shapes-flow`.
     """
-    place = begin(out, seed, device)
+    run.begin()
     flow, unet = StableDiffusion3Pipeline.from_pretrained(teacher), build_unet()
     clip = begin_text_encoder(flow)
-    z, prompts = cache_drawn(flow.vae.to(place), out, budget.pictures, seed, log)
+    z, prompts = cache_drawn(flow.vae.to(run.place), budget.pictures, run)
     pipeline = assemble_diffusion(unshifted(flow.vae), clip, flow.tokenizer, unet)
-    train_unet(pipeline, flow, z, prompts, out, budget, seed, place, log)
-    log("measuring the finished model on test prompts")
+    train_unet(pipeline, flow, z, prompts, budget, run)
+    run.log("measuring the finished model on test prompts")
     defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "pictures": budget.test_pictures // 2}
     measured = figures(pipeline, budget.test_pictures, {"50 steps, guidance 7.5": defaults})
-    export_model(pipeline, "shapes-diffusion", measured, out, export, log)
+    run.export_model(pipeline, "shapes-diffusion", measured)
     return pipeline

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from progrpo.tracking.statistics import spearman
 from progrpo.types import Prompt
-from progrpo.zoo.flow import Log
 from progrpo.zoo.networks import LATENT, to_pictures, to_tensor
-from progrpo.zoo.pretraining import begin, export_model, train_stage
+from progrpo.zoo.pretraining import Pretraining, StageSettings, train_stage
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.verifier import verify
 
@@ -104,22 +103,20 @@ def decoded(vae: AutoencoderKL | AutoencoderTiny, z_NCHW: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def cache_pairs(
-    flow: StableDiffusion3Pipeline, out: Path, budget: TinyBudget, seed: int, log: Log
-) -> tuple[Tensor, Tensor]:
+def cache_pairs(flow: StableDiffusion3Pipeline, budget: TinyBudget, run: Pretraining) -> tuple[Tensor, Tensor]:
     """Make the pairs of the train split once: latents (M, 8, 16, 16), float16, and pictures (M, 64, 64, 3), uint8."""
-    file = out / "pairs.safetensors"
+    file = run.out / "pairs.safetensors"
     if not file.exists():
-        noise = torch.Generator().manual_seed(seed)
-        log(f"pairs: encoding {budget.drawn} drawn pictures")
-        drawn = to_tensor(world.examples("train", budget.drawn, seed)[1])
+        noise = torch.Generator().manual_seed(run.seed)
+        run.log(f"pairs: encoding {budget.drawn} drawn pictures")
+        drawn = to_tensor(world.examples("train", budget.drawn, run.seed)[1])
         latents = [flow.vae.encode(x.to(flow.vae.device)).latent_dist.mode() for x in drawn.split(_CHUNK)]
-        log(f"pairs: sampling {budget.sampled} trajectories")
-        prompts = world.sample_prompts("train", budget.sampled, seed + 1)
+        run.log(f"pairs: sampling {budget.sampled} trajectories")
+        prompts = world.sample_prompts("train", budget.sampled, run.seed + 1)
         for start in range(0, len(prompts), _CHUNK):
             latents.append(projections(flow, prompts[start : start + _CHUNK], noise).flatten(0, 1))
         z = torch.cat(latents).half().cpu()  # rounded before it is decoded, so that pairs match
-        log(f"pairs: decoding {len(z)} latents")
+        run.log(f"pairs: decoding {len(z)} latents")
         save_file({"z": z, "pictures": torch.from_numpy(decoded(flow.vae, z)).contiguous()}, file)
     pairs = load_file(file)
     return pairs["z"], pairs["pictures"]
@@ -133,17 +130,15 @@ def train_decoder(
     z: Tensor,
     pictures: Tensor,
     held_out: tuple[Tensor, np.ndarray],
-    out: Path,
     budget: TinyBudget,
-    seed: int,
-    device: torch.device,
-    log: Log,
+    run: Pretraining,
 ) -> None:
     """Regress the full decoder's pictures from their latents."""
+    device = run.place
     tiny.to(device)
 
     def loss_of(step: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed * 10_000_000 + step)
+        g = torch.Generator().manual_seed(run.seed * 10_000_000 + step)
         chosen = torch.randint(len(z), (budget.batch,), generator=g)
         target = to_tensor(pictures[chosen].numpy()).to(device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -154,17 +149,8 @@ def train_decoder(
     def evaluate() -> str:
         return f"held-out |error| {pixel_error(decoded(tiny, held_out[0]), held_out[1]):.4f}"
 
-    train_stage(
-        "decoder",
-        tiny.decoder,
-        loss_of,
-        steps=budget.steps,
-        lr=4e-3,
-        out=out,
-        decay_fraction=0.5,
-        evaluate=evaluate,
-        log=log,
-    )
+    settings = StageSettings(budget.steps, lr=4e-3, decay_fraction=0.5)
+    train_stage("decoder", tiny.decoder, loss_of, settings, run, evaluate)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -238,30 +224,21 @@ def tiny_figures(tiny: AutoencoderTiny, flow: StableDiffusion3Pipeline, budget: 
     }
 
 
-def pretrain_tiny(
-    out: Path,
-    *,
-    teacher: Path,
-    budget: TinyBudget,
-    seed: int = 0,
-    device: str = "auto",
-    export: Path | None = None,
-    log: Log = print,
-) -> AutoencoderTiny:
-    """Run or resume the training in `out`. With `export`, write the decoder's folder there.
+def pretrain_tiny(run: Pretraining, budget: TinyBudget, teacher: Path) -> AutoencoderTiny:
+    """Run or resume the training, and export the decoder's folder if asked to.
 
-    `teacher` is the folder of `shapes-flow`. `device` auto is a GPU where there is one.
+    `teacher` is the folder of `shapes-flow`.
     """
-    place = begin(out, seed, device)
-    flow, tiny = StableDiffusion3Pipeline.from_pretrained(teacher).to(place), build_tiny_decoder()
+    run.begin()
+    flow, tiny = StableDiffusion3Pipeline.from_pretrained(teacher).to(run.place), build_tiny_decoder()
     flow.vae.to(memory_format=torch.channels_last)
-    z, pictures = cache_pairs(flow, out, budget, seed, log)
+    z, pictures = cache_pairs(flow, budget, run)
     validation = world.sample_prompts("validation", 2 * len(world.KINDS), seed=1)
     unseen = projections(flow, validation, torch.Generator().manual_seed(1)).flatten(0, 1)
-    train_decoder(tiny, z, pictures, (unseen, decoded(flow.vae, unseen)), out, budget, seed, place, log)
-    log("measuring the finished decoder on test prompts")
+    train_decoder(tiny, z, pictures, (unseen, decoded(flow.vae, unseen)), budget, run)
+    run.log("measuring the finished decoder on test prompts")
     measured = tiny_figures(tiny, flow, budget)
     factors = flow.vae.config  # of the latents that a denoiser predicts
     tiny.register_to_config(scaling_factor=factors.scaling_factor, shift_factor=factors.shift_factor)
-    export_model(tiny, "shapes-tiny", measured, out, export, log)
+    run.export_model(tiny, "shapes-tiny", measured)
     return tiny

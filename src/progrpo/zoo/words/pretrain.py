@@ -19,9 +19,9 @@ from torch import Tensor
 from progrpo.rewards.base import Reward
 from progrpo.rewards.ocr import OCR
 from progrpo.types import Prompt
-from progrpo.zoo.flow import CHUNK, FlowData, Log, cache_latents, seed_of, train_flow, vae_loss
+from progrpo.zoo.flow import CHUNK, FlowData, cache_latents, seed_of, train_flow, vae_loss
 from progrpo.zoo.networks import TextStack, assemble, to_pictures, to_tensor
-from progrpo.zoo.pretraining import begin, export_model, sample_pictures, train_stage
+from progrpo.zoo.pretraining import Pretraining, StageSettings, sample_pictures, train_stage
 from progrpo.zoo.words import world
 from progrpo.zoo.words.tokens import clip_tokenizer, t5_tokenizer
 
@@ -55,31 +55,31 @@ def build_text() -> TextStack:
     return text
 
 
-def train_vae(vae: AutoencoderKL, out: Path, budget: WordsBudget, seed: int, log: Log) -> None:
+def train_vae(vae: AutoencoderKL, budget: WordsBudget, run: Pretraining) -> None:
     """Train the autoencoder of `shapes-flow` further, on words."""
     _, pictures = world.examples("validation", 96, seed=1)
     held_out = to_tensor(pictures).to(vae.device)
 
     def loss_of(step: int) -> Tensor:
-        x = to_tensor(world.examples("train", budget.vae_batch, seed_of(1, seed, step))[1]).to(vae.device)
+        x = to_tensor(world.examples("train", budget.vae_batch, seed_of(1, run.seed, step))[1]).to(vae.device)
         return vae_loss(vae, x, step)
 
     def evaluate() -> str:
         decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
         return f"held-out |error| {(decoded - held_out).abs().mean():.4f}"
 
-    train_stage("vae", vae, loss_of, steps=budget.vae_steps, lr=5e-4, out=out, evaluate=evaluate, log=log)
+    train_stage("vae", vae, loss_of, StageSettings(budget.vae_steps, lr=5e-4), run, evaluate)
 
 
-def cache_drawn(vae: AutoencoderKL, out: Path, count: int, seed: int, log: Log) -> tuple[Tensor, list[Prompt]]:
+def cache_drawn(vae: AutoencoderKL, count: int, run: Pretraining) -> tuple[Tensor, list[Prompt]]:
     """Draw the training pictures and cache their latents. Return these, float16 (M, 8, 16, 16), and their prompts."""
-    rng = np.random.default_rng([seed, 4])
+    rng = np.random.default_rng([run.seed, 4])
     table = world.prompts("train")
     kinds = rng.choice(list(KIND_WEIGHTS), count, p=list(KIND_WEIGHTS.values()))
     prompts = [table[k][rng.integers(len(table[k]))] for k in kinds]
     starts = range(0, count, CHUNK)
     chunks = (np.stack([world.picture_for(p, rng) for p in prompts[i : i + CHUNK]]) for i in starts)
-    return cache_latents(vae, out, chunks, log), prompts
+    return cache_latents(vae, chunks, run), prompts
 
 
 def read(reader: Reward, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -123,38 +123,28 @@ def figures(pipeline: DiffusionPipeline, reader: Reward, pictures: int) -> dict[
     }
 
 
-def pretrain_words(
-    out: Path,
-    *,
-    start: Path,
-    budget: WordsBudget,
-    seed: int = 0,
-    device: str = "auto",
-    export: Path | None = None,
-    log: Log = print,
-) -> StableDiffusion3Pipeline:
-    """Run or resume every stage in `out`. With `export`, write the pipeline's folder there.
+def pretrain_words(run: Pretraining, budget: WordsBudget, start: Path) -> StableDiffusion3Pipeline:
+    """Run or resume every stage, and export the pipeline's folder if asked to.
 
-    `start` is the folder of `shapes-flow`. `device` auto is a GPU where there is one. Refusal where rapidocr, which
-    reads the words, is not installed.
+    `start` is the folder of `shapes-flow`. Refusal where rapidocr, which reads the words, is not installed.
     """
     reader = OCR.load()
-    place = begin(out, seed, device)
+    run.begin()
     shapes = StableDiffusion3Pipeline.from_pretrained(start)
-    vae, transformer = shapes.vae.to(place), shapes.transformer.to(place)
+    vae, transformer = shapes.vae.to(run.place), shapes.transformer.to(run.place)
     vae.register_to_config(_name_or_path="words-flow")  # else an export would hold the path of this folder
     transformer.register_to_config(_name_or_path="words-flow")
     text = build_text()
-    train_vae(vae, out, budget, seed, log)
-    z, prompts = cache_drawn(vae, out, budget.pictures, seed, log)
+    train_vae(vae, budget, run)
+    z, prompts = cache_drawn(vae, budget.pictures, run)
     pipeline = assemble(vae, text, transformer)
 
     def evaluate() -> str:
         scores = measure(pipeline, reader, "validation", 48)
         return f"validation exact {scores['exact']:.3f}, mean {scores['mean']:.3f}"
 
-    data = FlowData(z, [p.text for p in prompts], {T5_LENGTH: 1.0}, budget.flow_steps, budget.flow_batch, seed)
-    train_flow(text, transformer, data, out, evaluate, log)
-    log("measuring the finished model on test words")
-    export_model(pipeline, "words-flow", figures(pipeline, reader, budget.test_pictures), out, export, log)
+    data = FlowData(z, [p.text for p in prompts], {T5_LENGTH: 1.0}, budget.flow_steps, budget.flow_batch)
+    train_flow(text, transformer, data, run, evaluate)
+    run.log("measuring the finished model on test words")
+    run.export_model(pipeline, "words-flow", figures(pipeline, reader, budget.test_pictures))
     return pipeline
