@@ -322,19 +322,22 @@ def _times(
     curves: Sequence[Sequence[dict[str, Any]]], levels: Sequence[float], unit: str = "cpu_seconds", of: float = 1.0
 ) -> str:
     """The units to each level: the mean over the curves that reach it, and their number where it is not all."""
-    times = []
+    times, counts = [], []
     for level in levels:
         reached = [reached_at(in_unit(curve, unit), level) for curve in curves]
         there = [value / of for value in reached if value is not None]
-        of_all = "" if len(there) == len(reached) else f" ({len(there)})"
         digits = 1 if there and mean(there) < 4.95 else 0
-        times.append(f"{mean(there):.{digits}f}{of_all}" if there else "-")
-    return "/".join(times)
+        times.append(f"{mean(there):.{digits}f}" if there else "-")
+        counts.append(len(there))
+    if len(set(counts)) == 1:
+        return "/".join(times) + (f" ({counts[0]} each)" if 0 < counts[0] < len(curves) else "")
+    of_all = (f" ({count})" if 0 < count < len(curves) else "" for count in counts)
+    return "/".join(map("".join, zip(times, of_all, strict=True)))
 
 
 def _figures(curves: Sequence[Sequence[dict[str, Any]]], at: int = -1) -> str:
     names = ("shapes_strict", "judge", "diversity")
-    return " | ".join(f"{mean(curve[at][name] for curve in curves):.3f}" for name in names)
+    return " | ".join(f"{mean(curve[at][name] for curve in curves):.2f}" for name in names)
 
 
 def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
@@ -343,8 +346,8 @@ def _path(curves: Sequence[Sequence[dict[str, Any]]]) -> str:
     lengths = [point["grad_norm"] for curve in curves for point in curve[1:] if "grad_norm" in point]
     if not ends:
         return "- | -"
-    distance = mean(ends)
-    return f"{distance:.{1 if distance > 1 else 2}f} | {mean(lengths):.3f}"
+    distance, length = mean(ends), mean(lengths)
+    return f"{distance:.{1 if distance > 1 else 2}f} | {length:.{2 if length >= 0.1 else 3}f}"
 
 
 def picture(arms: Mapping[str, str], results: Sequence[dict[str, Any]], measure: str = "reward") -> Figure:
