@@ -124,7 +124,7 @@ class Trainer:
             elif self.ranks.is_main:
                 with meter.stage("audit"):
                     audit = self.collector.audit(batch, reward_of_audits, audit_meter)
-            # later they would be unknown to a run that is resumed from here
+            # counted with the next iteration, they would be missing from the checkpoint of this one
             self.failures.collect_of_audits()
         record = self._record(updated.tally, meter, time.perf_counter() - start)
         audited = summed_over(self.ranks, audit_meter.cost)
