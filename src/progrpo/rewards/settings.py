@@ -126,6 +126,11 @@ class RewardTerm:
         """Whether `model` is a name that a server knows, and no path on this disk."""
         return bool(self.url) or self.name in ASK_A_MODEL
 
+    @property
+    def makes_folder(self) -> bool:
+        """Whether `model` is a folder that the reward makes where it is missing."""
+        return self.name == "votes"
+
     @classmethod
     def from_text(cls, text: str) -> RewardTerm:
         """The term of a text: `pickscore`, `0.5*ocr`, or a JSON object of the fields."""

@@ -48,7 +48,7 @@ def _absolute_term(term: RewardTerm) -> RewardTerm:
     cache = _absolute_folder(term.cache)
     if term.names_model_of_server:
         return replace(term, cache=cache)
-    model = _absolute_folder(term.model) if term.name == "votes" else _absolute(term.model)
+    model = _absolute_folder(term.model) if term.makes_folder else _absolute(term.model)
     return replace(term, model=model, cache=cache)
 
 

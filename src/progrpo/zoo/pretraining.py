@@ -31,8 +31,8 @@ class Pretraining:
     log: Callable[[str], None] = print
 
     @property
-    def place(self) -> torch.device:
-        """The device, as torch names it."""
+    def torch_device(self) -> torch.device:
+        """The device, chosen where it is `auto`."""
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(automatic if self.device == "auto" else self.device)
 

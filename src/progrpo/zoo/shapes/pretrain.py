@@ -49,7 +49,7 @@ class Budget:
 
 def train_vae(budget: Budget, run: Pretraining) -> AutoencoderKL:
     torch.manual_seed(run.seed)
-    vae = build_vae().to(run.place)
+    vae = build_vae().to(run.torch_device)
     prompts, pictures = world.examples("validation", 192, seed=1)
     held_out = to_tensor(pictures).to(vae.device)
 
@@ -158,8 +158,8 @@ def pretrain(run: Pretraining, budget: Budget, start: Path | None = None) -> Sta
     its autoencoder stays.
     """
     run.begin()
-    text, transformer = build_text(), build_transformer().to(run.place)
-    vae = load_parts(start, text, transformer).to(run.place) if start else train_vae(budget, run)
+    text, transformer = build_text(), build_transformer().to(run.torch_device)
+    vae = load_parts(start, text, transformer).to(run.torch_device) if start else train_vae(budget, run)
     z, prompts = cache_drawn(vae, budget.pictures, run)
 
     def evaluate() -> str:

@@ -121,7 +121,7 @@ def train_unet(
     The U-Net's transformers have the teacher's 8x8 grid. A linear map of each also regresses one of the teacher's last
     three blocks, by the share of unexplained variance. `z` are the flow model's normalised latents.
     """
-    device, clip, unet = run.place, pipeline.text_encoder, pipeline.unet
+    device, clip, unet = run.torch_device, pipeline.text_encoder, pipeline.unet
     transformers = [*unet.down_blocks[1].attentions, *unet.up_blocks[0].attentions]
     wide, taught = unet.config.block_out_channels[1], flow.transformer.inner_dim
     hints = nn.ModuleList(nn.Linear(wide, taught) for _ in transformers)
@@ -191,7 +191,7 @@ def pretrain_diffusion(run: Pretraining, budget: DiffusionBudget, teacher: Path)
     run.begin()
     flow, unet = StableDiffusion3Pipeline.from_pretrained(teacher), build_unet()
     clip = begin_text_encoder(flow)
-    z, prompts = cache_drawn(flow.vae.to(run.place), budget.pictures, run)
+    z, prompts = cache_drawn(flow.vae.to(run.torch_device), budget.pictures, run)
     pipeline = assemble_diffusion(unshifted(flow.vae), clip, flow.tokenizer, unet)
     train_unet(pipeline, flow, z, prompts, budget, run)
     run.log("measuring the finished model on test prompts")

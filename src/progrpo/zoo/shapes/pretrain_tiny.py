@@ -134,7 +134,7 @@ def train_decoder(
     run: Pretraining,
 ) -> None:
     """Regress the full decoder's pictures from their latents."""
-    device = run.place
+    device = run.torch_device
     tiny.to(device)
 
     def loss_of(step: int) -> Tensor:
@@ -230,7 +230,7 @@ def pretrain_tiny(run: Pretraining, budget: TinyBudget, teacher: Path) -> Autoen
     `teacher` is the folder of `shapes-flow`.
     """
     run.begin()
-    flow, tiny = StableDiffusion3Pipeline.from_pretrained(teacher).to(run.place), build_tiny_decoder()
+    flow, tiny = StableDiffusion3Pipeline.from_pretrained(teacher).to(run.torch_device), build_tiny_decoder()
     flow.vae.to(memory_format=torch.channels_last)
     z, pictures = cache_pairs(flow, budget, run)
     validation = world.sample_prompts("validation", 2 * len(world.KINDS), seed=1)

@@ -131,7 +131,7 @@ def pretrain_words(run: Pretraining, budget: WordsBudget, start: Path) -> Stable
     reader = OCR.load()
     run.begin()
     shapes = StableDiffusion3Pipeline.from_pretrained(start)
-    vae, transformer = shapes.vae.to(run.place), shapes.transformer.to(run.place)
+    vae, transformer = shapes.vae.to(run.torch_device), shapes.transformer.to(run.torch_device)
     vae.register_to_config(_name_or_path="words-flow")  # else an export would hold the path of this folder
     transformer.register_to_config(_name_or_path="words-flow")
     text = build_text()
