@@ -484,6 +484,19 @@ def test_a_state_is_taken_up_by_the_trainers_own_settings(tiny_trainer, tiny_con
     assert after.step().record["rollout/survivors"] == 2 * 2
 
 
+def test_a_run_that_let_its_reference_go_goes_on_towards_one(tiny_trainer, tiny_config):
+    # all weights are trained without a penalty, and later, with --accept-changes, with one
+    full = tiny_config(model=replace(tiny_config().model, weights="full"))
+    before = tiny_trainer(full)
+    base = weights(before)
+    before.step()
+    assert "reference" not in before.state_dict()["policy"]
+    after = tiny_trainer(replace(full, objective=ObjectiveSettings(grpo=GRPOSettings(clip_range=3e-3, kl_beta=0.1))))
+    after.load_state_dict(before.state_dict())
+    assert same(after.policy.named_weights.state_dict()["reference"], base)
+    assert after.step().record["update/kl"] > 0
+
+
 # --- groups that stop -------------------------------------------------------------------------------------------------
 
 STOPS = PlanSettings("custom", group_size=4, prune=((1, 3),), keep_groups=2)

@@ -6,7 +6,7 @@ base model; one that is trained further has itself, as it was at the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -85,14 +85,15 @@ class NamedWeights:
         return {CURRENT: {key: p.detach() for key, p in self._parameters.items()}, **self._sets}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over all weights of `state`, and forget names that are not in it."""
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], keep: Collection[str] = ()) -> None:
+        """Take over all weights of `state`. Of other names those in `keep` stay as they are; the rest is forgotten."""
         self._require_current("load")
         for name, tensors in state.items():
             _check_fit(self._parameters, name, tensors)
         for key, parameter in self._parameters.items():
             parameter.copy_(as_shared(state[CURRENT][key], parameter))
-        self._sets = {
+        kept = {name: own for name, own in self._sets.items() if name in keep and name not in state}
+        self._sets = kept | {
             name: {key: as_shared(tensors[key], p) for key, p in self._parameters.items()}
             for name, tensors in state.items()
             if name != CURRENT

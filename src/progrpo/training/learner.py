@@ -134,7 +134,9 @@ class Learner:
     def load_state_dict(self, state: LearnerState) -> None:
         """Go on from a saved state, by the configuration's own settings where they are others than the saved ones."""
         own_weights = self._policy.named_weights.names
-        self._policy.named_weights.load_state_dict(state["policy"])
+        # a run whose loss asked for no reference has let it go: it is what was loaded
+        needed = ("reference",) if self.objective.settings.uses_reference else ()
+        self._policy.named_weights.load_state_dict(state["policy"], keep=needed)
         for name in (EMA, *self.objective.settings.averages):
             if name in own_weights and name not in self._policy.named_weights:  # an average that begins only now
                 self._policy.named_weights.snapshot(name)
