@@ -497,6 +497,29 @@ def test_a_run_that_let_its_reference_go_goes_on_towards_one(tiny_trainer, tiny_
     assert after.step().record["update/kl"] > 0
 
 
+@pytest.mark.parametrize(
+    ("sampling", "sentence"),
+    [
+        ({"guidance_scale": 2.0, "embedded_guidance": True}, "sampling.embedded_guidance must be false: "),
+        ({"sampler": "cps", "train_last_step": True}, "sampling.train_last_step must be false: "),
+    ],
+)
+def test_sampling_that_the_model_does_not_have_is_refused_at_once(tiny_trainer, tiny_config, sampling, sentence):
+    # a run makes its folder, or replaces an old run, once it has a trainer
+    config = tiny_config()
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        tiny_trainer(replace(config, sampling=replace(config.sampling, **sampling)))
+
+
+def test_a_step_is_refused_that_only_a_later_window_trains(tiny_trainer, tiny_config):
+    config = tiny_config()
+    windows = {"sde_window": "sliding", "sde_window_size": 1, "sde_window_interval": 1}
+    sampling = replace(config.sampling, sampler="cps", train_last_step=True, **windows)
+    tiny_trainer(replace(config, sampling=sampling, iterations=3))
+    with pytest.raises(ValueError, match=r"^sampling.train_last_step must be false: the last step of cps"):
+        tiny_trainer(replace(config, sampling=sampling, iterations=4))
+
+
 # --- groups that stop -------------------------------------------------------------------------------------------------
 
 STOPS = PlanSettings("custom", group_size=4, prune=((1, 3),), keep_groups=2)

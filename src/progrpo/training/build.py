@@ -122,6 +122,12 @@ def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int
     return replace(sampling, shared_calls=shared_calls(config, iteration))
 
 
+def check_sampling(config: Config, policy: Policy) -> None:
+    """ValueError for guidance that the model does not have, and for a step that some iteration cannot train."""
+    trained = frozenset(step for i in range(config.iterations) for step in trained_steps(config, i))
+    sampling_for(policy, config.sampling, range(config.sampling.num_inference_steps), Record(steps=trained))
+
+
 def ranking_from(objective: ObjectiveSettings, reward: RewardSettings) -> Ranking | None:
     """The function whose values selectors compare; None where they compare the weighted sum itself."""
     if reward.noise:

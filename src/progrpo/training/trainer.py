@@ -22,6 +22,7 @@ from progrpo.rollout.sampler import Sampler
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training import checks
 from progrpo.training.audit import Audit
+from progrpo.training.build import check_sampling
 from progrpo.training.collector import Batch, Collector
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.learner import Learner
@@ -52,6 +53,7 @@ class Trainer:
 
     def __init__(self, config: Config, policy: Policy, reward: RewardMixture, order: PromptOrder, ranks: Ranks) -> None:
         _check_processes(config, reward, ranks)
+        check_sampling(config, policy)
         self.policy = policy
         self.reward = reward
         self.order = order
