@@ -59,6 +59,15 @@ def redness(images, prompts):
         raise fails[calls]
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 
+class Closing:
+    closed = 0
+
+    def score(self, images, prompts):
+        return redness(images, prompts)
+
+    def close(self):
+        Closing.closed += 1
+
 def redness_and_length(images, prompts):
     return [red + len(prompt) for red, prompt in zip(redness(images, prompts), prompts, strict=True)]
 """
@@ -382,3 +391,31 @@ def test_many_small_microbatches_are_one_large(tiny_trainer, tiny_config, tiny_p
         moves.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.trainable.items()]))
     assert moves[1].norm() > 0
     assert (moves[0] - moves[1]).norm() <= 1e-5 * moves[1].norm()
+
+
+def test_a_run_that_is_refused_closes_its_rewards_once(config, reward_module, tmp_path):
+    asked = replace(config, iterations=1, reward=RewardSettings((RewardTerm("failing_reward:Closing"),)))
+    asked = replace(asked, eval=replace(asked.eval, every=0, keep_best=False))
+    run, closing = tmp_path / "run", reward_module.Closing
+    train_run(asked, run)
+    assert closing.closed == 1
+    cannot = replace(asked, sampling=replace(asked.sampling, sampler="cps", train_last_step=True))
+    lacking = replace(asked, eval=replace(asked.eval, rewards=(RewardTerm("failing_reward:gone"),)))
+    for refused, sentence in (
+        (asked, "already holds a run"),
+        (cannot, "^sampling.train_last_step must be false"),
+        (lacking, "no function or class 'gone'"),
+    ):
+        before = closing.closed
+        with pytest.raises(ValueError, match=sentence):
+            train_run(refused, run)
+        assert closing.closed == before + 1, sentence
+    file = Path(asked.prompts.source)
+    texts = file.read_text()
+    file.write_text(texts.replace("red", "purple"))
+    try:
+        with pytest.raises(ValueError, match=r"prompts .* are not those that it had"):
+            resume_run(run, 2)
+    finally:
+        file.write_text(texts)
+    assert closing.closed == before + 2

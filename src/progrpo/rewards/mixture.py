@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,6 +216,16 @@ def close_all(mixtures: Iterable[RewardMixture | None], warn: Callable[[str], No
                 f"a reward's close() failed ({reason}); nothing else is affected, what the reward holds may be held"
                 " still"
             )
+
+
+@contextmanager
+def closed_where_refused(mixtures: Iterable[RewardMixture | None]) -> Iterator[None]:
+    """Run the block, and close the mixtures where it raises."""
+    with ExitStack() as refused:
+        # a close that fails beside a refusal says nothing: the refusal is the sentence to be read
+        refused.callback(close_all, mixtures, lambda warning: None)
+        yield
+        refused.pop_all()
 
 
 def _all(verdicts: Sequence[bool | None]) -> float:

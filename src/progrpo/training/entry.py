@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from progrpo.checks import check
 from progrpo.config import Config, from_python, to_dict
 from progrpo.recipes import load_recipe
+from progrpo.rewards.mixture import closed_where_refused
 from progrpo.tracking.commands import is_of_python, resume_command
 from progrpo.tracking.console import Console
 from progrpo.tracking.run_folder import RunFolder
@@ -69,9 +71,12 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
 def start(run: Run, overwrite: bool) -> RunFolder:
     """Train a run from its beginning, in a new folder."""
     path = run.folder.path
-    with explain_lost_process(lambda: resume_hint(path)), checkpoints.writing_to(path, run.ranks) as lock:
-        run.create_folder(overwrite)
-        return TrainingLoop(run, lock).train()
+    with explain_lost_process(lambda: resume_hint(path)), ExitStack() as writing:
+        with closed_where_refused(run.inputs.rewards):
+            lock = writing.enter_context(checkpoints.writing_to(path, run.ranks))
+            run.create_folder(overwrite)
+            loop = TrainingLoop(run, lock)
+        return loop.train()
 
 
 def resume(
@@ -90,13 +95,16 @@ def resume(
                 f"{path} is at iteration {state['iteration']}, past {config.iterations} iterations; give more"
             )
         inputs = make_inputs()
-        changed = checkpoints.check_prompts(path, state.get("prompts", {}), inputs.digests, config, accept_changes)
+        with closed_where_refused(inputs.rewards):
+            changed = checkpoints.check_prompts(path, state.get("prompts", {}), inputs.digests, config, accept_changes)
         run = Run(inputs, folder, ranks)
-        checkpoints.check_weights(path, state.get("weights", {}), run.policy.fingerprints, config, accept_changes)
 
         def go_back() -> None:
             folder.log_config(to_dict(config))
             folder.truncate(state["iteration"])
 
-        ranks.from_main(go_back)
-        return TrainingLoop(run, lock, Resumption(state, changed)).train()
+        with closed_where_refused(inputs.rewards):
+            checkpoints.check_weights(path, state.get("weights", {}), run.policy.fingerprints, config, accept_changes)
+            ranks.from_main(go_back)
+            loop = TrainingLoop(run, lock, Resumption(state, changed))
+        return loop.train()

@@ -13,7 +13,7 @@ from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
 from progrpo.prompts.texts import matching_texts
 from progrpo.rewards.base import Judge
-from progrpo.rewards.mixture import RewardMixture, load_mixture
+from progrpo.rewards.mixture import RewardMixture, closed_where_refused, load_mixture
 from progrpo.tracking.tracker import require_installed
 from progrpo.training import checkpoints
 from progrpo.training.build import (
@@ -56,6 +56,11 @@ class RunInputs:
     order: PromptOrder
     held_out: HeldOut
     load: Callable[[], Policy]
+
+    @property
+    def rewards(self) -> list[RewardMixture | None]:
+        """The trained and the held-out rewards, which hold connections and processes until they are closed."""
+        return [self.reward, self.held_out.rewards]
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -101,13 +106,11 @@ def inputs_from(config: Config, ranks: Ranks) -> RunInputs:
         eval_prompts(evaluation.prompts, split, evaluation.pictures, evaluation.column)
         for split in ("test", "validation")
     )
-    return RunInputs(
-        config,
-        load_mixture(reward.terms, reward.frames, ranking_from(config.objective, reward)),
-        train_order(config.prompts, config.seed),
-        HeldOut(test, validation, judge_for(evaluation.prompts), held_out_rewards(config)),
-        lambda: policy_from(config.model, policy_context(config, ranks)),
-    )
+    order, judge = train_order(config.prompts, config.seed), judge_for(evaluation.prompts)
+    mixture = load_mixture(reward.terms, reward.frames, ranking_from(config.objective, reward))
+    with closed_where_refused([mixture]):
+        held_out = HeldOut(test, validation, judge, held_out_rewards(config))
+    return RunInputs(config, mixture, order, held_out, lambda: policy_from(config.model, policy_context(config, ranks)))
 
 
 def held_out_rewards(config: Config) -> RewardMixture | None:

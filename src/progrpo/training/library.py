@@ -18,7 +18,7 @@ from progrpo.recipes import load_recipe
 from progrpo.registry import refuse_within_import
 from progrpo.rewards.function import adapted, qualified_name
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mixture import Component, RewardMixture, component_from
+from progrpo.rewards.mixture import Component, RewardMixture, closed_where_refused, component_from
 from progrpo.tracking.commands import is_of_python, resume_command
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.absolute_paths import with_absolute_paths
@@ -100,7 +100,8 @@ def train(
         splits = splits_from_python(prompts, config.prompts.column, config.eval.column)
         terms, mixture = _mixture(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
-        check(config)
+        with closed_where_refused([mixture]):
+            check(config)
 
         def make_inputs() -> RunInputs:
             test, validation = (as_many(split, config.eval.pictures) for split in (splits.test, splits.validation))

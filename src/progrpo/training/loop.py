@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from progrpo.rewards.base import Refusal
-from progrpo.rewards.mixture import close_all
+from progrpo.rewards.mixture import close_all, closed_where_refused
 from progrpo.rollout.plan import UnitCosts
 from progrpo.streams import tolerant_streams
 from progrpo.tracking.commands import resume_command
@@ -108,10 +108,11 @@ class TrainingLoop:
     def train(self) -> RunFolder:
         """Train to the end; the run folder. The summary says what ended a run before that."""
         folder = self._run.folder
-        for warning in self._run.warnings():
-            self._notices.warn(warning)
-        if not self._config.model.keep_text_encoders:
-            self._run.encode_prompts()
+        with closed_where_refused(self._run.inputs.rewards):
+            for warning in self._run.warnings():
+                self._notices.warn(warning)
+            if not self._config.model.keep_text_encoders:
+                self._run.encode_prompts()
         # to the last word: a launcher that sees one process die sends the others SIGTERM while they say what happened
         with Stop(self._run.ranks) as stop, tolerant_streams():
             try:
@@ -123,7 +124,7 @@ class TrainingLoop:
                     self._write_summary(f"stopped: {str(error) or type(error).__name__}")
                 raise
             finally:
-                close_all(self._run.rewards, self._console.warn)
+                close_all(self._run.inputs.rewards, self._console.warn)
                 self._recorder.close_trackers()
             self._write_summary("finished")
             self._recorder.report()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from itertools import chain
 
 from progrpo.config import to_dict
 from progrpo.prompts.load import ignored_column_note
 from progrpo.prompts.pictures import check_sources
-from progrpo.rewards.mixture import RewardMixture, close_all
+from progrpo.rewards.mixture import closed_where_refused
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
@@ -28,22 +27,14 @@ class Run:
         self.inputs = inputs
         self.folder = folder
         self.ranks = ranks
-        with ExitStack() as refused:
-            # a close that fails beside a refusal says nothing: the refusal is the sentence to be read
-            refused.callback(close_all, self.rewards, lambda warning: None)
+        with closed_where_refused(inputs.rewards):
             inputs.check(ranks)
             self.policy = inputs.load()
             require_same_model(ranks, self.policy)
-            refused.pop_all()
-        if self.policy.edits:
-            check_sources(inputs.all_prompts)
-        config = with_measured_microbatches(inputs.config, self.policy, inputs.order.prompts_for(0, 1)[0], ranks)
-        self.trainer = Trainer(config, self.policy, inputs.reward, inputs.order, ranks)
-
-    @property
-    def rewards(self) -> list[RewardMixture | None]:
-        """The trained and the held-out rewards, which hold connections and processes until they are closed."""
-        return [self.inputs.reward, self.inputs.held_out.rewards]
+            if self.policy.edits:
+                check_sources(inputs.all_prompts)
+            config = with_measured_microbatches(inputs.config, self.policy, inputs.order.prompts_for(0, 1)[0], ranks)
+            self.trainer = Trainer(config, self.policy, inputs.reward, inputs.order, ranks)
 
     def create_folder(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built. ValueError if it holds a run already."""
