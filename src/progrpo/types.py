@@ -176,6 +176,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def __sub__(self, other: Cost) -> Cost:
+        return self + other * -1
+
     def __mul__(self, times: int) -> Cost:
         return Cost(*(getattr(self, f.name) * times for f in fields(self)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -242,6 +243,20 @@ def test_a_plan_is_priced_with_the_groups_that_teach_nothing(tiny_trainer, tiny_
     assert trainer.totals.counted.trained_steps == predicted.trained_steps / 2
     spent = sum(record[f"time/{stage}"] for stage in ("sample", "preview", "reward", "update"))
     assert trainer.plan_monitor.judge.units.seconds(predicted) == pytest.approx(spent)
+
+
+def test_a_plan_is_priced_without_what_a_first_iteration_takes_once(tiny_trainer, tiny_config, redness):
+    def reward(images, prompts):
+        if trainer.iteration == 0:  # as long as networks are compiled, or models loaded
+            time.sleep(0.2)
+        return redness(images, prompts)
+
+    trainer = tiny_trainer(tiny_config(audit=AuditSettings(every=1)), reward=reward)
+    records = [trainer.step().record for _ in range(3)]
+    units, counted = trainer.plan_monitor.judge.units, trainer.totals.counted
+    scored = 2 * (counted.decodes - counted.previews) / 3  # of two of three iterations
+    assert units.finish * scored == pytest.approx(sum(record["time/reward"] for record in records[1:]))
+    assert records[0]["time/reward"] > 0.2
 
 
 @pytest.mark.parametrize(("step", "left"), [(2, 1), (1, 0)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from progrpo.config import Config, resolve_plan
 from progrpo.rollout.plan import Plan, path
@@ -14,7 +14,7 @@ from progrpo.training.distributed import Ranks
 from progrpo.training.noise_scale import NoiseScale
 from progrpo.training.plan_judge import PlanJudge, Verdict, iteration_cost, nfe_of_full_groups, plan_from, plan_state
 from progrpo.training.state import PlanMonitorState
-from progrpo.training.totals import Totals
+from progrpo.training.totals import Totals, Work
 from progrpo.training.watch import SelfChecks
 from progrpo.types import Cost, Rollout
 
@@ -42,6 +42,8 @@ class PlanMonitor:
         """The value of the plan in force, by the last verdict."""
         self.verdict: Verdict | None = None
         """The last verdict; None before it, and after a resume."""
+        self._first: Work | None = None
+        """The work up to the first iteration of this process; None before it."""
         self._config = config
         self._ranks = ranks
         self._self_checks = self_checks
@@ -86,14 +88,25 @@ class PlanMonitor:
         Every process teaches its probe alike, and takes the plan that the main process chooses. SelfCheckError where
         previews have stopped to tell anything.
         """
+        work = self._usual(totals.work)
         metrics = {} if audit is None else self._agreement(audit)
         self._teach_probe(rolled, audit)
         if not self.is_audit_due(iteration):
             return {}
         correlations = [metric(metrics, name) for name in metrics if name.startswith("preview/rank_correlation@")]
         self._self_checks.check_agreement(iteration + 1, self._ranks.gather([correlations])[0])
-        metrics |= self._judge_plan(audit, totals, noise_scale)
+        metrics |= self._judge_plan(audit, work, noise_scale)
         return metrics
+
+    def _usual(self, work: Work) -> Work:
+        """The work after the first iteration of this process, or all of it in that one.
+
+        A first iteration also compiles networks (`model.compile`), which takes minutes and comes once.
+        """
+        if self._first is None:
+            self._first = work
+            return work
+        return work.since(self._first)
 
     def _agreement(self, audit: Audit) -> Metrics:
         """The agreement of previews with final rewards at the plan's points, the probe's beside it, and V there."""
@@ -122,13 +135,11 @@ class PlanMonitor:
         examples = {slot: example for part in self._ranks.gather([own]) for slot, example in part.items()}
         self.probe.learn([example for _, example in sorted(examples.items())])  # in one order, whoever sampled which
 
-    def _judge_plan(self, audit: Audit | None, totals: Totals, noise_scale: NoiseScale) -> Metrics:
+    def _judge_plan(self, audit: Audit | None, work: Work, noise_scale: NoiseScale) -> Metrics:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
-            # members without an advantage are not trained on: by the predicted steps, updates cost what they took
-            counted = replace(totals.counted, trained_steps=totals.predicted.trained_steps)
-            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), counted, totals.seconds)
+            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), work.cost, work.seconds)
             verdict = self.judge.verdict(
                 self.plan, self.selector, self.probed_steps, noise_scale.settled, noise_scale.own_direction
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TypedDict, cast
 
 import torch
@@ -67,6 +67,12 @@ class Totals:
         for stage, seconds in spent.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
+    @property
+    def work(self) -> Work:
+        """The work of these iterations, and its seconds by stage."""
+        # members without an advantage are not trained on: by the predicted steps, updates cost what they took
+        return Work(replace(self.counted, trained_steps=self.predicted.trained_steps), dict(self.seconds))
+
     def state_dict(self) -> TotalsState:
         return cast(TotalsState, asdict(self))
 
@@ -81,6 +87,19 @@ class Totals:
         self.last_error = state["last_error"]
         self.lost = state.get("lost", 0)
         self.fault = state.get("fault", "")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work and its seconds by stage."""
+
+    cost: Cost
+    seconds: Mapping[str, float]
+
+    def since(self, earlier: Work) -> Work:
+        """The work after an earlier moment."""
+        seconds = {stage: spent - earlier.seconds.get(stage, 0.0) for stage, spent in self.seconds.items()}
+        return Work(self.cost - earlier.cost, seconds)
 
 
 class FailureCounter:
