@@ -112,6 +112,7 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
         page = text(run)
     assert "1 of 2 iterations are done in 2.0 s (" in page
     assert "There is no evaluation after training yet" in page
+    assert "mean over finished members" in page  # also of those that `final_keep` drops
     assert "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference" in page
 
 

@@ -397,6 +397,16 @@ def test_the_average_of_the_weights_lags_behind(tiny_trainer, tiny_config):
     assert tiny_trainer(tiny_config()).learner.evaluated_weights == "current"
 
 
+def test_groups_without_two_pictures_have_no_share_in_the_diversity(tiny_trainer, tiny_config):
+    """So that it does not depend on which process has them."""
+    trainer = tiny_trainer(tiny_config())
+    rolled = trainer.step().rollout
+    alone_N = (rolled.group_N == 0) | (rolled.trajectories.member_N == rolled.trajectories.member_N[-1])
+    rolled = replace(rolled, pictures=replace(rolled.pictures, there_N=alone_N))
+    tally = trainer.learner.learn(rolled, trainer.sampler.sampling, NoiseKey(0, 1), 1).tally
+    assert tally.counts["rollout/diversity"] == 1
+
+
 def test_an_objectives_average_follows_from_the_first_iteration_on(tiny_trainer, tiny_config):
     objective = ObjectiveSettings(name="dgpo")
     trainer = tiny_trainer(tiny_config(objective=objective))

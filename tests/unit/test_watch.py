@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from progrpo.training.errors import SelfCheckError
-from progrpo.training.pictures import diversity, group_diversity, saturation, sharpness
+from progrpo.training.pictures import diversity, group_diversities, saturation, sharpness
 from progrpo.training.settings import WatchSettings
 from progrpo.training.watch import HackingWatch, SelfChecks, change
 
@@ -258,8 +258,8 @@ def test_saturation_by_hand():
 def test_diversity_within_groups():
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
     group = np.array([0, 0, 0, 1, 1, 2, 0])
-    expected = np.mean([diversity(images[[0, 1, 2, 6]]), diversity(images[[3, 4]])])
-    assert group_diversity(images, group) == pytest.approx(expected)
-    assert group_diversity(images[:1], group[:1]) is None
+    expected = [diversity(images[[0, 1, 2, 6]]), diversity(images[[3, 4]])]
+    assert group_diversities(images, group) == pytest.approx(expected)
+    assert group_diversities(images[:1], group[:1]) == []
     large = images.repeat(16, axis=1).repeat(16, axis=2)  # of 128 pixels every second is looked at
-    assert group_diversity(large, group) == pytest.approx(expected)
+    assert group_diversities(large, group) == pytest.approx(expected)

@@ -19,7 +19,7 @@ from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.experience import AdvantageEstimator
 from progrpo.training.loss_scale import LossScale
 from progrpo.training.optimizer import load_optimizer, optimizer_from
-from progrpo.training.pictures import group_diversity
+from progrpo.training.pictures import group_diversities
 from progrpo.training.state import LearnerState
 from progrpo.training.update import Updated, Updater
 from progrpo.training.watch import SelfChecks
@@ -149,8 +149,6 @@ def _diversity(rolled: Rollout) -> Tally:
     """The diversity of pictures within a group."""
     tally = Tally()
     there_N = rolled.pictures.there_N.numpy()
-    diversity = group_diversity(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
-    if diversity is not None:
-        groups = len(rolled.group_N.unique())
-        tally.add("rollout/diversity", diversity * groups, groups)
+    values = group_diversities(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
+    tally.add("rollout/diversity", sum(values), len(values))
     return tally

@@ -31,10 +31,9 @@ def diversity(images_GHWC: np.ndarray) -> float | None:
     return float(np.mean(pairs)) if pairs else None
 
 
-def group_diversity(images_NHWC: np.ndarray, group_N: np.ndarray) -> float | None:
-    """The mean over groups of the diversity of a few members, on every so many pixels; None where no group has two."""
+def group_diversities(images_NHWC: np.ndarray, group_N: np.ndarray) -> list[float]:
+    """The diversity of a few members of each group that has two or more, on every so many pixels."""
     step = -(-max(images_NHWC.shape[1:3]) // _SIDE)
     groups = [np.flatnonzero(group_N == g)[:_MEMBERS] for g in np.unique(group_N)]
     values = [diversity(images_NHWC[rows][:, ::step, ::step]) for rows in groups]
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return [value for value in values if value is not None]

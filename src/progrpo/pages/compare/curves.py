@@ -39,7 +39,7 @@ class _Card:
 
 _CARDS = (
     _Card(EVALUATED, "Reward, evaluations", "mean over the validation prompts"),
-    _Card("reward/mean", "Reward, training samples", "mean over survivors, which pruning chooses"),
+    _Card("reward/mean", "Reward, training samples", "mean over finished members, which pruning chooses"),
     _Card("eval/strict", "Strict accuracy", "share of the validation prompts that passes", {"tickformat": ".0%"}),
     _Card("eval/judge", "Judge", "share passed by a judge never trained on", {"tickformat": ".0%"}),
     _Card(_KL, "Distance to the reference", "mean square distance of velocities, in evaluations"),

@@ -27,7 +27,7 @@ class _Card:
 _SAMPLING = (
     _Card(
         "Reward",
-        "mean over survivors",
+        "mean over finished members",
         (Curve("reward/mean", "training samples"), Curve("eval/graded", "evaluation", TEAL, True)),
     ),
     _Card(
