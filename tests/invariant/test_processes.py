@@ -92,12 +92,25 @@ def test_there_were_two_and_one(one, two):
 def test_the_same_members_survive(one, two, case):
     first, second = (results(two, rank)[case]["survivors"] for rank in (0, 1))
     if case in WHOLE:
-        assert {slot for _, slot, _ in first} == {0, 2} and {slot for _, slot, _ in second} == {1}
+        # the main process has the group that an audit watches, another one every time
+        of_main = {(0, 0), (0, 2), (1, 1)} if case == "watched" else {(i, slot) for i in (0, 1) for slot in (0, 2)}
+        assert {(i, slot) for i, slot, _ in first} == of_main
+        assert {(i, slot) for i, slot, _ in second} == {(i, slot) for i in (0, 1) for slot in range(3)} - of_main
     elif case in GROUPS:  # each has what is left of its own
         assert {slot % 2 for _, slot, _ in first} <= {0} and {slot % 2 for _, slot, _ in second} <= {1}
     else:  # each has some of every group
         assert len(first) and len(second) and abs(len(first) - len(second)) <= 2 * 3
     assert sorted(first + second) == sorted(results(one, 0)[case]["survivors"])
+
+
+@pytest.mark.parametrize("case", ["watched", "probe"])
+def test_the_same_groups_are_audited(one, two, case):
+    """By them `plan.preset auto` chooses."""
+    ours, theirs = (results(out, 0)[case]["audited"] for out in (two, one))
+    assert [audit["prompt"] for audit in ours] == [audit["prompt"] for audit in theirs]
+    assert len(ours) == 2 and results(two, 1)[case]["audited"] == []
+    for audit, expected in zip(ours, theirs, strict=True):
+        assert audit["final"] == pytest.approx(expected["final"], abs=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)

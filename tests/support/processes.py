@@ -87,24 +87,27 @@ class Failing:
 
 
 def trained(model, config, reward):
-    """Survivors and records of each iteration, and the weights in the end."""
+    """Survivors, records and audits of each iteration, and the weights in the end."""
     context = PolicyContext(world_size=Ranks().world)
     policy: Any = policy_from_pipeline(load_pipeline(model), config.model, context)
     policy.batch_invariant = not config.model.shard  # as on GPUs
     order = InTurn({"": recorded() if config.prompts.pairs else tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, mixture_of_one(FunctionReward(reward)), order, Ranks())
-    survivors, records = [], []
+    survivors, records, audited = [], [], []
     for i in range(config.iterations):
         done = trainer.step()
         living = done.rollout.trajectories
         survivors += [[i, s, m] for s, m in zip(living.slot_N.tolist(), living.member_N.tolist(), strict=True)]
         records.append(done.record)
+        if done.audit is not None:
+            audited.append({"prompt": done.audit.prompt.text, "final": done.audit.final_G.tolist()})
     trainer.check_frozen()
     full, shard = config.model.weights == "full", config.model.shard and Ranks().world > 1
     for name, p in policy.denoiser.named_parameters():
         assert isinstance(p, DTensor) == (shard and (full or not p.requires_grad)), name
         assert not isinstance(p, DTensor) or p.to_local().numel() < p.numel(), name
-    return survivors, records, {name: gathered(p.detach()).clone() for name, p in policy.trainable.items()}
+    result = {"survivors": survivors, "records": records, "audited": audited}
+    return result, {name: gathered(p.detach()).clone() for name, p in policy.trainable.items()}
 
 
 def work(model, out, names):
@@ -156,8 +159,7 @@ def work(model, out, names):
     cases["pairs"] = (on_pairs, redness)
     for name in names:
         config, reward = cases[name]
-        survivors, records, weights = trained(model, config, reward)
-        results[name] = {"survivors": survivors, "records": records}
+        results[name], weights = trained(model, config, reward)
         save_file(weights, out / f"{name} {ranks.rank}.safetensors")
     results["world"] = ranks.world
     results["decayed"] = decayed(ranks)

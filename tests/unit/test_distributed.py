@@ -29,13 +29,15 @@ def test_what_accelerate_would_ignore_is_refused_with_what_to_take(variable, val
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 def test_places_are_dealt_out_once_also_where_there_are_fewer_than_processes(count):
-    shares = []
-    for rank in range(3):
-        ranks = Ranks()
-        ranks.rank, ranks.world = rank, 3
-        shares.append(ranks.deal(count).tolist())
-    assert sorted(place for share in shares for place in share) == list(range(count))
-    assert all(share == sorted(share) for share in shares)
+    for to_main in range(max(1, count)):
+        shares = []
+        for rank in range(3):
+            ranks = Ranks()
+            ranks.rank, ranks.world = rank, 3
+            shares.append(ranks.deal(count, to_main).tolist())
+        assert sorted(place for share in shares for place in share) == list(range(count))
+        assert all(share == sorted(share) for share in shares) and (to_main in shares[0] or not count)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_lost_process_differs_from_a_mistake():

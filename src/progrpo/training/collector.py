@@ -82,17 +82,23 @@ class Collector:
         )
         return sampler.with_max_batch(self.microbatch.size)
 
-    def watch(self, batch: Batch, reward: Scorer) -> GroupWatch | None:
-        """The watch of a group of this process, for an audit that costs its previews alone, scored by `reward`.
+    def watched_slot(self, iteration: int, prompts: int) -> int | None:
+        """The slot of the group that is watched if this zero-based iteration of so many prompts is audited.
 
         None where the plan does not finish and train on every member of a group here: its audit is a group more.
         """
         plan = self._plan_monitor.plan
         if plan.survivors < plan.group_size or plan.keep_groups is not None or self._sharding.world > 1:
             return None
-        slots = batch.slots.tolist()
-        slot = slots[self._plan_monitor.audited_place(batch.iteration) % len(slots)]
-        return GroupWatch(batch.prompts[slot], slot, reward)
+        return self._plan_monitor.audited_place(iteration) % prompts
+
+    def watch(self, batch: Batch, reward: Scorer) -> GroupWatch | None:
+        """The watch of a group of this process, for an audit that costs its previews alone, scored by `reward`.
+
+        None where the audit is a group more.
+        """
+        slot = self.watched_slot(batch.iteration, len(batch.prompts))
+        return None if slot is None else GroupWatch(batch.prompts[slot], slot, reward)
 
     def rollout(self, batch: Batch, meter: Meter, watch: GroupWatch | None = None) -> Rollout:
         """The rollout of this process' prompts, one of whose groups may be watched, or their recorded pairs."""

@@ -69,9 +69,13 @@ class Ranks:
         self.before_waiting: Callable[[], None] | None = None
         """The call of this process before it waits for the others: a policy's `drain_peer_calls`."""
 
-    def deal(self, count: int) -> Tensor:
-        """This process' share of the places 0..count-1, ascending int64: every world-th. Any count will do."""
-        return torch.arange(count)[self.rank :: self.world]  # also of fewer places than processes
+    def deal(self, count: int, to_main: int = 0) -> Tensor:
+        """This process' share of the places 0..count-1, ascending int64: every world-th. Any count will do.
+
+        The main process gets the place `to_main`.
+        """
+        places = torch.arange(count)
+        return places[(places - to_main) % self.world == self.rank]  # also of fewer places than processes
 
     def sum(self, values: Tensor) -> Tensor:
         """The elementwise sum over processes."""

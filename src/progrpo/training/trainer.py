@@ -145,7 +145,10 @@ class Trainer:
     def _next_batch(self) -> Batch:
         count = self._config.prompts.per_iteration
         split = self._config.prompts.split_groups
-        slots = torch.arange(count) if split else self.ranks.deal(count)
+        is_audited = self.plan_monitor.is_audit_due(self.iteration)
+        watched = self.collector.watched_slot(self.iteration, count) if is_audited else None
+        # the main process makes the audit, of the same group whatever the number of processes
+        slots = torch.arange(count) if split else self.ranks.deal(count, to_main=watched or 0)
         prompts = self.order.prompts_for(self.iteration, count)
         return Batch(self.iteration, prompts, slots, NoiseKey(self._config.seed, self.iteration))
 
