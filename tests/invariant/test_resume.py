@@ -299,6 +299,8 @@ def of_one_iteration(config, tmp_path_factory) -> Path:
         ("eval", {"prompts": "short.txt"}, 2),
         ("eval", {"best_by": "failing_reward:redness"}, 2),
         ("reward", {"terms": [{"name": "failing_reward:redness"}]}, 2),
+        ("model", {"resolution": 32}, 2),
+        ("sampling", {"negative_prompt": "fish", "guidance_scale": 2.0}, 2),
         ("eval", {"keep_best": False}, None),
         ("eval", {"every": 9}, 1),
     ],

@@ -288,7 +288,7 @@ def test_lists_of_prompts_differ_by_texts_columns_and_order():
 def test_a_checkpoint_of_before_there_were_digests_is_taken(run):
     now = {"training": "1", "unet": "2"}
     assert checkpoints.check_prompts(run, {}, now, CONFIG, accept=False) == []
-    checkpoints.check_weights(run, {}, now, CONFIG, accept=False)
+    assert checkpoints.check_weights(run, {}, now, CONFIG, accept=False)
 
 
 def test_another_model_is_refused_by_its_parts_unless_that_is_accepted(run):
@@ -299,7 +299,7 @@ def test_another_model_is_refused_by_its_parts_unless_that_is_accepted(run):
     )
     with pytest.raises(ValueError, match=message):
         checkpoints.check_weights(run, was, now, CONFIG, accept=False)
-    checkpoints.check_weights(run, was, now, CONFIG, accept=True)
+    assert not checkpoints.check_weights(run, was, now, CONFIG, accept=True)
     checkpoints.check_weights(run, was, {"unet": "1", "safety_checker": "6"}, CONFIG, accept=False)
 
 

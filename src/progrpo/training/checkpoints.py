@@ -56,6 +56,12 @@ _FIXED = (
 )
 """Settings without which a checkpoint's weights, averages and observations mean nothing, so that they cannot change."""
 _OF_EVALUATIONS = (
+    "model.resolution",
+    "model.frames",
+    "model.max_sequence_length",
+    "model.step_ends",
+    "model.decoding",
+    "sampling.negative_prompt",
     "reward.terms",
     "reward.frames",
     "eval.rewards",
@@ -237,8 +243,8 @@ def check_prompts(run: Path, was: Mapping[str, str], now: Mapping[str, str], con
     return changed
 
 
-def check_weights(run: Path, was: Mapping[str, str], now: Mapping[str, str], config: Config, accept: bool) -> None:
-    """ValueError, with the model's parts, for another model than the run began with, unless that is accepted.
+def check_weights(run: Path, was: Mapping[str, str], now: Mapping[str, str], config: Config, accept: bool) -> bool:
+    """Whether the model is the one that the run began with. ValueError, with its parts, unless another is accepted.
 
     `was` and `now` are fingerprints. A checkpoint from before there were fingerprints has none, which is no change.
     """
@@ -248,6 +254,7 @@ def check_weights(run: Path, was: Mapping[str, str], now: Mapping[str, str], con
             f"the weights of {', '.join(changed)} ({config.model.path}) are not those that {run} began with; load the"
             f" model as it was then, or give {_accept(config)} to go on with this one"
         )
+    return not changed
 
 
 def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -104,7 +104,9 @@ def resume(
             folder.truncate(state["iteration"])
 
         with closed_where_refused(inputs.rewards):
-            checkpoints.check_weights(path, state.get("weights", {}), run.policy.fingerprints, config, accept_changes)
+            was, now = state.get("weights", {}), run.policy.fingerprints
+            if not checkpoints.check_weights(path, was, now, config, accept_changes):
+                changed = [*changed, "model"]
             ranks.from_main(go_back)
             loop = TrainingLoop(run, lock, Resumption(state, changed))
         return loop.train()

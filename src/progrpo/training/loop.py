@@ -54,7 +54,7 @@ def _resume_hint_in_errors(folder: RunFolder) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint that a run goes on from. `changed` names the prompts that are others since: training, evaluation."""
+    """A checkpoint that a run goes on from. `changed` names prompts (training, evaluation) and a model that are new."""
 
     state: SavedState
     changed: Sequence[str] = ()
@@ -87,7 +87,8 @@ class TrainingLoop:
         if "training" in changed:  # what was observed is of other prompts
             state["order"] = self._trainer.order.state_dict()
         self._trainer.load_state_dict(state)
-        comparable = "evaluation" not in changed and checkpoints.evaluates_alike(state["config"], self._config)
+        alike = checkpoints.evaluates_alike(state["config"], self._config)
+        comparable = alike and {"evaluation", "model"}.isdisjoint(changed)
         self._evaluator.load_state_dict(state, comparable)
         self._notices.sentences = list(state["warnings"])
         # the summary also has what a killed attempt did after its last checkpoint
@@ -102,7 +103,7 @@ class TrainingLoop:
         if state["best"] is not None and self._config.eval.keep_best and not comparable:
             self._notices.warn(
                 "the best weights are chosen anew (eval.keep_best), from evaluations after iteration"
-                f" {state['iteration']} alone: other prompts, rewards or settings of evaluations do not compare"
+                f" {state['iteration']} alone: those of other prompts, rewards, settings or models do not compare"
             )
 
     def train(self) -> RunFolder:
