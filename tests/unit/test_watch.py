@@ -79,6 +79,15 @@ def test_groups_without_variance_are_called_so():
         watch.check_rewards(2, flat(0.5), 4)
 
 
+@pytest.mark.parametrize("mean", [0.5, 0.7])
+def test_groups_that_lack_scores_are_not_called_alike(mean):
+    watch = checks()
+    for iteration in range(2):
+        watch.check_rewards(iteration, flat(0.5) | {"reward/skipped_groups": 0}, 4)
+    with pytest.raises(SelfCheckError, match=r"3 of the last iteration's 4 groups had fewer scores than reward.quorum"):
+        watch.check_rewards(2, flat(mean) | {"reward/skipped_groups": 3}, 4)
+
+
 def test_one_group_that_differs_begins_anew():
     watch = checks()
     for iteration in range(12):

@@ -60,16 +60,22 @@ class SelfChecks:
         self._flat.append(mean)
         if not self._settings.flat_iterations or len(self._flat) < self._settings.flat_iterations:
             return
-        constant = max(self._flat) - min(self._flat) <= 1e-12 * max(1.0, abs(self._flat[0]))
-        why = (
-            f"the reward is {self._flat[-1]:g} for every picture: it does not measure anything here"
-            if constant
-            else "within a group all rewards are equal: the task is too hard or too easy, or a group's pictures are the"
-            " same"
-        )
         raise SelfCheckError(
             f"iteration {iteration}: for {len(self._flat)} iterations no group's rewards differed, so there was"
-            f" nothing to learn; {why}"
+            f" nothing to learn; {self._why_flat(int(metric(record, 'reward/skipped_groups') or 0), groups)}"
+        )
+
+    def _why_flat(self, skipped: int, groups: int) -> str:
+        """A clause on flat iterations, in the last of which so many of the groups had too few scores."""
+        if skipped:
+            return (
+                f"{skipped} of the last iteration's {groups} groups had fewer scores than reward.quorum asks for: look"
+                " why they are missing, or lower it"
+            )
+        if max(self._flat) - min(self._flat) <= 1e-12 * max(1.0, abs(self._flat[0])):
+            return f"the reward is {self._flat[-1]:g} for every picture: it does not measure anything here"
+        return (
+            "within a group all rewards are equal: the task is too hard or too easy, or a group's pictures are the same"
         )
 
     def check_weights(self, iteration: int, fingerprint: float, taught: bool) -> None:
