@@ -28,7 +28,7 @@ def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
-    def run(hacking: Any, **more: Any) -> RunFolder:
+    def run(hacking: Any, mode: Any = "new", **more: Any) -> RunFolder:
         evaluation = EvalSettings(
             pictures=8, num_inference_steps=3, every=1, rewards=(RewardTerm(f"{MODULE}:paleness"),), **more
         )
@@ -40,7 +40,7 @@ def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch)
             optim=OptimSettings(lr=0.01),
             watch=WatchSettings(hacking=hacking),
         )
-        return progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+        return progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run", mode=mode)
 
     yield run
     sys.modules.pop(MODULE, None)
@@ -67,6 +67,14 @@ def test_it_ends_training_where_that_is_asked_for(trained, capsys):
     assert 3 <= done < 12 and run.summary.read()["status"] == "finished"
     assert run.evaluations["after"].read() and (run.path / "transformer").is_dir()
     assert "training ends here" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_where_a_warning_is_enough(trained, capsys):
+    done = len(trained("stop").metrics.read())
+    run = trained("stop", "resume")  # as before: it is at its end
+    assert len(run.metrics.read()) == done
+    assert "training has ended at a sign of reward hacking (watch.hacking stop)" in capsys.readouterr().out
+    assert len(trained("warn", "resume_changed").metrics.read()) == 12 > done
 
 
 def test_the_best_by_the_held_out_reward_is_another(trained):

@@ -136,9 +136,14 @@ class Evaluator:
 
     def load_state_dict(self, state: EvaluatorState, comparable: bool = True) -> None:
         """Go on from a checkpoint. Where later evaluations do not compare with earlier ones, begin comparisons anew."""
-        self.hacked = state["hacked"]
         if not comparable:
             return
+        self.hacked = state["hacked"] and self._trainer.config.watch.hacking == "stop"
+        if self.hacked:
+            self._notices.console.say(
+                "training has ended at a sign of reward hacking (watch.hacking stop); to go on with it, give"
+                " watch.hacking warn and accept that change"
+            )
         self._watch.load_state_dict(state["hacking"])
         if state["best"] is not None and self._trainer.config.eval.keep_best:
             self.best = Best(**state["best"])
