@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from progrpo.config import (
+    AuditSettings,
     Config,
     EvalSettings,
     GRPOSettings,
     ModelSettings,
     ObjectiveSettings,
+    PlanSettings,
     PreviewSettings,
     PromptSettings,
     RewardSettings,
@@ -34,6 +37,7 @@ from progrpo.training.build import (
     sampling_from,
 )
 from progrpo.training.distributed import Ranks
+from progrpo.training.inputs import audits_warning
 
 
 def test_a_dtype_that_is_named_stays():
@@ -283,3 +287,21 @@ def test_a_process_whose_groups_were_all_stopped_has_no_expected_rewards():
     assert ranking is not None
     expected = ranking(torch.empty(0, 2, dtype=torch.float64), torch.empty(0, dtype=torch.int64))
     assert expected.shape == (0,) and expected.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("settings", "every", "iterations", "says"),
+    [
+        ({"plan": PlanSettings(adaptive=True)}, 5, 15, "^plan.adaptive cannot have an effect in 15 .* iteration 15 "),
+        ({"plan": PlanSettings(adaptive=True)}, 5, 16, None),
+        ({"plan": PlanSettings("auto")}, 5, 3, "^plan.preset auto cannot .* comes in iteration 3 "),
+        ({"plan": PlanSettings("auto")}, 5, 4, None),
+        ({"preview": PreviewSettings(probe=True)}, 1, 2, r"^preview.probe cannot .* iteration 3 \(audit.every 1\)"),
+        ({}, 5, 1, None),
+        ({"plan": PlanSettings(adaptive=True), "prompts": PromptSettings(pairs="p.jsonl")}, 5, 1, None),
+    ],
+)
+def test_what_audits_come_too_late_for_is_said(settings, every, iterations, says):
+    config = replace(Config(iterations=iterations, audit=AuditSettings(every=every)), **settings)
+    warning = audits_warning(config)
+    assert warning is None if says is None else warning is not None and re.search(says, warning)

@@ -99,6 +99,23 @@ class RunInputs:
         )
 
 
+def audits_warning(config: Config) -> str | None:
+    """A warning of a setting that needs three audits, in a run that ends before it could make use of them."""
+    by_audits = {
+        "plan.preset auto": config.plan.preset == "auto",
+        "plan.adaptive": config.plan.adaptive,
+        "preview.probe": config.preview.probe,
+    }
+    names = [name for name, active in by_audits.items() if active]
+    third = 3 if config.plan.preset == "auto" else 3 * config.audit.every
+    if not names or config.prompts.pairs or config.iterations > third:
+        return None
+    return (
+        f"{' and '.join(names)} cannot have an effect in {config.iterations} iterations: the third audit, which is"
+        f" needed, comes in iteration {third} (audit.every {config.audit.every}); raise iterations, or audit more often"
+    )
+
+
 def inputs_from(config: Config, ranks: Ranks) -> RunInputs:
     """The inputs that a configuration names."""
     evaluation, reward = config.eval, config.reward
