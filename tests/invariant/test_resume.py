@@ -24,6 +24,8 @@ from progrpo.config import (
     CheckpointSettings,
     Config,
     OptimSettings,
+    PlanSettings,
+    PreviewSettings,
     PromptSettings,
     RewardSettings,
     RewardTerm,
@@ -320,6 +322,28 @@ def test_the_best_is_chosen_anew_where_evaluations_do_not_compare(
     summary = run.summary.read()
     assert summary["best_iterations"] == best
     assert any("chosen anew" in warning for warning in summary["warnings"]) == (best == 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "audits"),
+    [
+        ("reward", {"terms": [{"name": "failing_reward:redness_and_length"}]}, 1),
+        ("preview", {"ode_steps": 2}, 1),
+        ("eval", {"seed": 5}, 2),
+    ],
+)
+def test_audits_are_forgotten_where_later_ones_do_not_compare(config, tmp_path, section, changes, audits):
+    """By them a plan is judged, and a run whose previews have collapsed is stopped."""
+    plan, preview = PlanSettings("custom", group_size=4, prune=((1, 3),)), PreviewSettings(probe=True)
+    audited = replace(config, iterations=1, plan=plan, preview=preview, audit=AuditSettings(every=1))
+    run = train_run(audited, tmp_path / "run")
+    changed = json.loads((run.path / "config.json").read_text())
+    changed[section] |= changes
+    (run.path / "config.json").write_text(json.dumps(changed))
+    resume_run(run.path, 2, accept_changes=True)
+    state = load_state(run.path / "checkpoints" / "iteration_000002")
+    assert len(state["judge"]["finals"]) == len(state["checks"]["agreements"]) == audits
+    assert len(state["probe"]["learnt"]["lessons"]) == 3 * audits  # two groups and an audit
 
 
 def test_one_run_writes_to_a_folder(straight, tmp_path):

@@ -72,6 +72,18 @@ _OF_EVALUATIONS = (
 )
 """Settings without which an evaluation of the same prompts does not compare with earlier ones."""
 
+_OF_AUDITS = (
+    "reward.terms",
+    "reward.frames",
+    "reward.noise",
+    "objective.advantage",
+    "preview.decoder",
+    "preview.tiny_decoder",
+    "preview.ode_steps",
+    "preview.latent_reward",
+)
+"""Settings of scores and previews, without which audits do not compare with earlier ones."""
+
 
 def versions(config: Config) -> dict[str, str]:
     """The versions that a run's figures depend on, the package of its optimizer among them."""
@@ -193,6 +205,11 @@ def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool
 def evaluates_alike(saved_config: State, config: Config) -> bool:
     """Whether evaluations of the same prompts by both configurations compare."""
     return _differing(saved_config, config).keys().isdisjoint(_OF_EVALUATIONS)
+
+
+def audits_alike(saved_config: State, config: Config) -> bool:
+    """Whether previews and rewards of audits by both configurations compare."""
+    return _differing(saved_config, config).keys().isdisjoint(_OF_AUDITS)
 
 
 def _differing(saved_config: State, config: Config) -> dict[str, tuple[object, object]]:

@@ -87,6 +87,8 @@ class TrainingLoop:
         if "training" in changed:  # what was observed is of other prompts
             state["order"] = self._trainer.order.state_dict()
         self._trainer.load_state_dict(state)
+        if not checkpoints.audits_alike(state["config"], self._config):
+            self._trainer.plan_monitor.forget_audits()
         alike = checkpoints.evaluates_alike(state["config"], self._config)
         comparable = alike and {"evaluation", "model"}.isdisjoint(changed)
         self._evaluator.load_state_dict(state, comparable)

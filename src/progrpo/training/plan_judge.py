@@ -123,6 +123,10 @@ class PlanJudge:
         if self.units is None and len(self._finals) >= _AUDITS:
             self.units = self.recorded or unit_costs(counted, seconds)
 
+    def forget(self) -> None:
+        """Forget the audits; the costs stay."""
+        self._agreement, self._finals, self._stds = [], [], []
+
     def verdict(
         self,
         plan: Plan,

@@ -36,7 +36,7 @@ class PlanMonitor:
     def __init__(self, config: Config, ranks: Ranks, self_checks: SelfChecks) -> None:
         self.plan = resolve_plan(config)
         self.selector = config.plan.load_selector()
-        self.probe = Probe(config.sampling.num_inference_steps, config.seed) if config.preview.probe else None
+        self.probe = _probe(config)
         self.judge = PlanJudge(config)
         self.plan_value: float | None = None
         """The value of the plan in force, by the last verdict."""
@@ -171,6 +171,13 @@ class PlanMonitor:
                 " plan.preset auto"
             )
 
+    def forget_audits(self) -> None:
+        """Measure previews anew: audits of other rewards or previews do not compare. The plan in force stays."""
+        self._self_checks.forget_agreement()
+        self.judge.forget()
+        self.plan_value = None
+        self.probe = _probe(self._config)
+
     def state_dict(self) -> PlanMonitorState:
         return {
             "plan": plan_state(self.plan),
@@ -190,3 +197,8 @@ class PlanMonitor:
         if self.probe is not None and state["probe"] is not None:
             self.probe.load_state_dict(state["probe"])
         self.plan_value = state["plan_value"] if self.plan == plan else None
+
+
+def _probe(config: Config) -> Probe | None:
+    """A new probe; None for a run without one."""
+    return Probe(config.sampling.num_inference_steps, config.seed) if config.preview.probe else None
