@@ -182,8 +182,6 @@ def survivors(group_N: Tensor, scores_N: Tensor, keep: int, selector: Selector, 
     seeds_P = seeds_P[living_P]
     scores_PG = scores_N[row_PG].masked_fill(~present_PG, torch.nan)
     selection = selector(scores_PG, keep, present_PG, seeds_P)
-    if not isinstance(selection, Selection):
-        raise ValueError(f"plan.selector must return a progrpo.rollout.prune.Selection, not {type(selection).__name__}")
     return row_PG.gather(1, selection.indices_PK)[selection.valid_PK]
 
 

@@ -256,7 +256,11 @@ class PlanSettings:
         selector: Selector = load_named(self.selector, SELECTORS, "plan.selector", "function")
         if not callable(selector):
             raise ValueError(f"plan.selector: {self.selector} must be a function, not {quoted(selector)}")
-        return selector
+        if self.selector in SELECTORS:
+            return selector
+        from progrpo.rollout.own_selector import OwnSelector
+
+        return OwnSelector(self.selector, selector)
 
     def check(self) -> None:
         """Raise ValueError for fields that do not go together, or a selector that is no function."""
