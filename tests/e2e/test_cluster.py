@@ -139,17 +139,22 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, vi
 
 
 @pytest.mark.parametrize("survivor", [0, 1])
-@pytest.mark.parametrize("met", [0, 1], ids=["at-once", "while-models-load"])
-def test_a_process_that_dies_before_the_first_iteration_is_said_in_the_same_sentence(tmp_path, survivor, met):
+@pytest.mark.parametrize("dies_in", ["Ranks", "inputs_from"])
+def test_a_process_that_dies_before_the_first_iteration_is_said_in_the_same_sentence(tmp_path, survivor, dies_in):
     """Without a launcher that ends the others itself, as where it is on another machine."""
     out, log = tmp_path / "run", tmp_path / "log"
+    command = ["train", *SMOKE, "--out", str(out)]
     dies = f"""
-import os, pathlib, signal
-from progrpo.training.distributed import Ranks
-ranks = Ranks()
-for _ in range({met}):
-    ranks.gather([pathlib.Path({str(out)!r})])
-os.kill(os.getpid(), signal.SIGKILL)
+import os, signal
+from progrpo.cli import main
+from progrpo.training import entry
+begun = entry.{dies_in}
+def die(*inputs):
+    if not inputs:
+        begun()  # until the other process is there as well
+    os.kill(os.getpid(), signal.SIGKILL)
+entry.{dies_in} = die
+main({command!r})
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -157,8 +162,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     env = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         lost = subprocess.Popen([sys.executable, "-c", dies], env={**env, "RANK": str(1 - survivor)})
-        command = [sys.executable, "-m", "progrpo", "train", *SMOKE, "--out", str(out)]
-        lives = subprocess.Popen(command, env={**env, "RANK": str(survivor)}, stdout=file, stderr=file)
+        lives = subprocess.Popen(
+            [sys.executable, "-m", "progrpo", *command], env={**env, "RANK": str(survivor)}, stdout=file, stderr=file
+        )
     assert lost.wait(60) == -signal.SIGKILL
     assert lives.wait(60) == 1
     said = log.read_text()
