@@ -186,6 +186,8 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
             ("plan", "sd3", "--plan", "none", "--plan.group-size", "8"),
             "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom, not none",
         ),
+        (("plan", "sd3", "--plan.group-size", "24"), "are read only when plan.preset is custom, not standard"),
+        (("train", "smoke", "--plan.preset=late", "--plan.prune"), "read only when plan.preset is custom, not late"),
         (("plan", "sd3", "--plan=flash", "--plan.preset=none"), "--plan and --plan.preset name a plan each; leave one"),
         (("plan", "sd3", "--plan", "custom"), "--plan custom needs the plan: give --plan.group-size, --plan.prune or "),
         (("train", "sd3", "--plan.preset", "custom"), "--plan.preset custom needs the plan: give --plan.group-size"),

@@ -25,6 +25,8 @@ from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError, LockLostError
 from progrpo.messages import FaultsError, nearest, quoted
 from progrpo.recipes import RECIPES, load_recipe
+from progrpo.rollout.plan import PRESETS
+from progrpo.rollout.settings import unread_fields
 from progrpo.streams import occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
 
@@ -175,7 +177,7 @@ def _require_quotes(command: str, args: Sequence[str]) -> None:
 def _named_plan(command: str, args: Sequence[str], own: PlanSettings) -> str:
     """The plan that `--plan.preset` names, or `--plan` of `plan`; `recipe` where neither is given.
 
-    ValueError if both are given, and for a custom plan without any of its fields.
+    ValueError if both are given, for a custom plan without any of its fields, and for these fields of another plan.
     """
     words = [word for arg in args for word in arg.split("=", 1)]
     options = ("--plan", "--plan.preset") if command == "plan" else ("--plan.preset",)
@@ -187,4 +189,7 @@ def _named_plan(command: str, args: Sequence[str], own: PlanSettings) -> str:
     described = {word.replace("_", "-") for word in words} & {*fields}
     if preset == "custom" and own.preset != "custom" and not described:
         raise ValueError(f"{option} custom needs the plan: give {', '.join(fields[:-1])} or {fields[-1]}")
+    in_force = own.preset if preset == "recipe" else preset
+    if described and in_force in PRESETS:  # their values do not tell: a group of 24, or no points, is the default
+        raise unread_fields(in_force)
     return preset

@@ -273,10 +273,15 @@ class PlanSettings:
         if self.preset != "custom" and self != PlanSettings(
             preset=self.preset, selector=self.selector, adaptive=self.adaptive, keep_groups=self.keep_groups
         ):
-            raise ValueError(
-                "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"
-                f" not {self.preset}; set it or leave them out"
-            )
+            raise unread_fields(self.preset)
+
+
+def unread_fields(name: str) -> ValueError:
+    """The error for fields of a custom plan beside another plan, which has a group and points of its own."""
+    return ValueError(
+        "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"
+        f" not {name}; set it or leave them out"
+    )
 
 
 def _load_plan(name: str, num_inference_steps: int) -> Plan:
