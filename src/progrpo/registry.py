@@ -25,7 +25,9 @@ class UnknownNameError(ValueError):
 def one_of(names: Collection[str], attribute: str = "attribute") -> Rule:
     """The rule of a field that holds one of these names, or `module:attribute`."""
     return Rule(
-        lambda name: name in names or _USERS_OWN.holds(name), f"one of {', '.join(names)}, or `module:{attribute}`"
+        lambda name: name in names or _USERS_OWN.holds(name),
+        f"one of {', '.join(names)}, or `module:{attribute}`",
+        lambda name: _right_form(name, names, attribute),
     )
 
 
@@ -86,19 +88,35 @@ def lacks(module: ModuleType, name: str, attribute: str) -> str:
 def _module_and_attribute(name: str, subject: str, registry: Mapping[str, str], kind: str) -> tuple[str, str]:
     """The two parts of `module:attribute`; UnknownNameError, with the right form, for any other name."""
     module, colon, attribute = name.partition(":")
-    if module.endswith(".py") or os.sep in module:
-        raise UnknownNameError(
-            f"{subject}: a module is named as Python imports it; {_as_module(module, attribute, kind)}"
-        )
+    if of_file := _of_file(name, kind):
+        raise UnknownNameError(f"{subject}: {of_file}")
     if colon and all(module.split(".")) and "\0" not in module:
         return module, attribute
-    *packages, last = name.split(".")
-    dotted = not colon and all(part.isidentifier() for part in (*packages, last))
-    of_module = f"; a {kind} {last} of a module is {'.'.join(packages)}:{last}"
     raise UnknownNameError(
         f"{subject} is neither built in ({', '.join(registry)}) nor of the form module:{kind}"
-        f"{of_module if packages and dotted else nearest(name, registry)}"
+        f"{_right_form(name, registry, kind)}"
     )
+
+
+def _right_form(name: str, names: Collection[str], kind: str) -> str:
+    """A clause with the right form of a name: of a file's function, of a name with dots alone, or the nearest of all.
+
+    It is empty where none is near.
+    """
+    if of_file := _of_file(name, kind):
+        return f"; {of_file}"
+    *packages, last = name.split(".")
+    if packages and all(part.isidentifier() for part in (*packages, last)):
+        return f"; a {kind} {named(last)} of a module is {named('.'.join(packages))}:{named(last)}"
+    return nearest(name, names)
+
+
+def _of_file(name: str, kind: str) -> str:
+    """A clause with the right form where a name has its module's file; empty for other names."""
+    module, _, attribute = name.partition(":")
+    if not (module.endswith(".py") or os.sep in module):
+        return ""
+    return f"a module is named as Python imports it; {_as_module(module, attribute, kind)}"
 
 
 def _as_module(file: str, attribute: str, kind: str) -> str:

@@ -26,10 +26,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on a field's value beyond its type, and its text as it ends the sentence "FIELD must be ..."."""
+    """A condition on a field's value beyond its type, and its text as it ends the sentence "FIELD must be ...".
+
+    `hint` gives a clause about a value that breaks it, such as the nearest right one; without it there is none.
+    """
 
     holds: Callable[[Any], object]
     text: str
+    hint: Callable[[Any], str] = lambda value: ""
 
     def or_empty(self, effect: str = "") -> Rule:
         """The rule for a field that may also be None; `effect` says what None does."""
@@ -111,7 +115,7 @@ def check_rules(settings: DataclassInstance, prefix: str = "") -> None:
     """Raise ValueError, one sentence with the field and what it must be, for the first value that breaks a rule."""
     for path, value, rule in flat(settings, prefix):
         if rule is not None and not rule.holds(value):
-            raise ValueError(f"{path} must be {rule.text}, not {quoted(value)}")
+            raise ValueError(f"{path} must be {rule.text}, not {quoted(value)}{rule.hint(value)}")
 
 
 def check_kinds(kind: type, value: object, path: str = "config") -> None:

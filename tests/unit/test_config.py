@@ -221,6 +221,27 @@ def test_values_out_of_range_are_refused_by_name(config, start):
     assert message.startswith(start) and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("config", "end"),
+    [
+        (Config(reward=RewardSettings((RewardTerm("pickscor"),))), "not 'pickscor'; did you mean pickscore?"),
+        (
+            Config(reward=RewardSettings((RewardTerm("mine.warm"),))),
+            "or `module:function`, not 'mine.warm'; a function warm of a module is mine:warm",
+        ),
+        (
+            Config(reward=RewardSettings((RewardTerm("./mine.py:warm"),))),
+            "not './mine.py:warm'; a module is named as Python imports it; write mine:warm",
+        ),
+        (Config(sampling=SamplingSettings(sampler="dancer")), "`module:step`, not 'dancer'; did you mean dance?"),
+    ],
+)
+def test_a_wrong_name_comes_with_the_right_one(config, end):
+    with pytest.raises(ValueError) as refused:
+        check(config)
+    assert str(refused.value).endswith(end)
+
+
 def test_the_group_is_a_baseline_where_all_of_it_is_rewarded():
     keeps_all = {"preset": "custom", "group_size": 24, "prune": [[2, 24]], "final_keep": 12}
     pairs = {"objective": {"name": "sft"}, "prompts": {"pairs": "pairs.jsonl"}}
@@ -530,7 +551,7 @@ def test_a_shared_call_saves_those_of_the_other_living_members(prune, guidance_s
 
 def test_an_unknown_sampler_or_dtype_is_refused_by_name():
     for field, value, words in (
-        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced, precise, or `module:step`"),
+        ("sampler", "ode", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced, precise, or `module:step`"),
         ("latent_dtype", "float64", "float32, bfloat16, float16"),
     ):
         with pytest.raises(ValueError) as refused:
