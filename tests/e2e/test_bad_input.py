@@ -162,6 +162,20 @@ def test_prompt_files_are_refused_by_line(here, name, sentence):
     assert sentence in str(refused.value) and str(refused.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    ("name", "near"), [("prompt.txt", "prompts.txt"), ("p.yaml", ""), (".", ""), ("shape", "shapes")]
+)
+def test_a_prompt_file_is_suggested_by_its_name_and_not_by_its_folder(tmp_path, monkeypatch, name, near):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    (tmp_path.parent / "other.txt").write_text("a circle\n")
+    for source in (name, str(tmp_path / name)):  # a run makes paths of prompt files absolute
+        with pytest.raises(ValueError) as refused:
+            load_prompts(source)
+        assert str(refused.value).partition("; did you mean ")[2].rstrip("?").endswith(near)
+        assert ("did you mean" in str(refused.value)) == bool(near)
+
+
 def test_files_that_are_not_ours_to_read_are_said_to_be(here):
     here.chmod(0o755)
     shutil.copy("twice.json", "mine.json")

@@ -258,12 +258,16 @@ def _load_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
 
 
 def _suggestion(path: Path) -> str:
+    """A clause with the built-in prompts or the prompt file beside `path` whose name is nearest; empty for none.
+
+    Names alone are compared: the folder, which all files beside it share, would make any of them near.
+    """
     try:
-        beside = [str(p) for p in path.parent.iterdir() if p.suffix.lower() in READERS]
+        beside = {p.name: str(p) for p in path.parent.iterdir() if p.suffix.lower() in READERS}
     except (OSError, ValueError):  # no folder, a folder without permission, or no path at all
-        beside = []
-    close = difflib.get_close_matches(str(path), [*WORLDS, *beside], 1)
-    return f"; did you mean {named(close[0])}?" if close else ""
+        beside = {}
+    close = difflib.get_close_matches(path.name, [*WORLDS, *beside], 1)
+    return f"; did you mean {named(beside.get(close[0], close[0]))}?" if close else ""
 
 
 def prompt_from_row(row: Mapping[str, object], where: str, column: str = TEXT) -> Prompt:
