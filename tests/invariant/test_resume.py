@@ -398,6 +398,16 @@ def test_what_cannot_be_resumed_is_refused(straight, tmp_path):
         resume_run(empty.path)
 
 
+def test_fewer_iterations_than_were_made_are_refused_without_a_rate_beyond_the_end(straight, tmp_path, capsys):
+    run = shutil.copytree(straight, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["optim"]["decay"] = 1.0
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["train", "--resume", str(run), "--iterations", "3", "--accept-changes"]) == 2
+    said = capsys.readouterr()
+    assert "is at iteration 4, past 3 iterations" in said.err and "learning rate" not in said.out
+
+
 def test_a_run_is_not_overwritten_unless_asked(config, straight):
     with pytest.raises(ValueError, match="already holds a run"):
         train_run(config, straight)

@@ -89,11 +89,11 @@ def resume(
         state = checkpoints.newest(path, ranks, warn)
         checkpoints.check_unchanged(path, state["config"], config, accept_changes)
         checkpoints.check_versions(state["versions"], config, warn)
-        checkpoints.check_length(state, config, warn)
-        if state["iteration"] > config.iterations:
+        if state["iteration"] > config.iterations:  # first, or the warning would name rates beyond the run's end
             raise ValueError(
                 f"{path} is at iteration {state['iteration']}, past {config.iterations} iterations; give more"
             )
+        checkpoints.check_length(state, config, warn)
         inputs = make_inputs()
         with closed_where_refused(inputs.rewards):
             changed = checkpoints.check_prompts(path, state.get("prompts", {}), inputs.digests, config, accept_changes)
