@@ -108,7 +108,7 @@ def config_from_json(text: str, of_run: bool = False) -> Config:
     try:
         data = from_json(text)
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(f"not JSON, as a configuration must be: {error}") from None
     config = from_dict(data)
     return _as_begun(config, data) if of_run else config
 

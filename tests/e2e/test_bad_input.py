@@ -73,7 +73,7 @@ def test_a_process_says_its_sentence_and_nothing_else(here):
     [
         (("a\nb",), "'a\\nb' is no command of progrpo"),
         (("train", "x" * 5000), "is no recipe"),
-        (("train", "smoke", "--optim.lr", "high"), "--optim.lr: could not convert string to float: 'high'"),
+        (("train", "smoke", "--optim.lr", "high"), "--optim.lr: 'high' is not a number"),
         (("train", "smoke", "--plan.prune", "3"), "--plan.prune"),
         (("plan", "smoke", "--reward.terms", '{"nme": "ocr"}'), "reward.terms.nme is not a field"),
         (
@@ -88,9 +88,15 @@ def test_a_process_says_its_sentence_and_nothing_else(here):
             ("plan", "smoke", "--gpu", "foo"),
             "Expected one of ('a100-40gb', 'a100-80gb', 'a6000', 'h100', 'h200', 'l4', 'l40s',",
         ),
-        (("plan", "cut.json"), "cut.json: not JSON"),
-        (("plan", "twice.json"), "twice.json: not JSON: seed is given twice; leave one out"),
-        (("plan", "deep.json"), "deep.json: not JSON: lists or objects are nested without end"),
+        (("plan", "cut.json"), "cut.json: not JSON, as a configuration must be"),
+        (
+            ("plan", "twice.json"),
+            "must be: seed is given twice; leave one out",
+        ),
+        (
+            ("plan", "deep.json"),
+            "must be: lists or objects are nested without end",
+        ),
         (("report", "."), ". is no run folder"),
         (("sample", "shapes-flow", "--prompt", "a", "--limit", "5"), "--limit goes with --prompts; every --prompt is"),
         (("train", "smoke", "--out", ""), "a path is empty (''); give one, or . for the current folder"),

@@ -207,8 +207,10 @@ def test_mistakes_are_refused_in_one_sentence(capsys, args, message):
     ("args", "message"),
     [
         (("train", "smoke", "--sampling.noise_level", "high"), "--sampling.noise-level: no type matching {None}|FLOAT"),
-        (("train", "smoke", "--optim.lr", "high"), "--optim.lr: could not convert string"),
-        (("train", "smoke", "--seed", "1.5"), "--seed: invalid literal for int()"),
+        (("train", "smoke", "--optim.lr", "high"), "--optim.lr: 'high' is not a number (it is"),
+        (("train", "smoke", "--seed", "1.5"), "--seed: '1.5' is not a whole number (it is"),
+        (("train", "smoke", "--seed"), "--seed needs a value; see"),
+        (("train", "smoke", "--plan.prune", "2"), "--plan.prune: '2' does not fit (it is --plan.prune [INT INT"),
         (("train", "smoke", "--sampling.sde-window", "al"), "invalid choice 'al' for argument '--sampling.sde-window'"),
         (
             ("train", "smoke", "--plan.selector", "ofv"),

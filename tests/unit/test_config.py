@@ -690,9 +690,12 @@ def test_what_the_engine_can_do_is_not():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"seed": 1, "seed": 2}', "not JSON: seed is given twice; leave one out"),
-        ('{"model": {"path": "a", "path": "b"}}', "not JSON: path is given twice; leave one out"),
-        ("[" * 100_000, "not JSON: lists or objects are nested without end"),
+        ('{"seed": 1, "seed": 2}', "not JSON, as a configuration must be: seed is given twice; leave one out"),
+        (
+            '{"model": {"path": "a", "path": "b"}}',
+            "not JSON, as a configuration must be: path is given twice; leave one out",
+        ),
+        ("[" * 100_000, "not JSON, as a configuration must be: lists or objects are nested without end"),
         ('{"seed": 9223372036854775808}', "seed must be below 2**63, not 9223372036854775808"),
         ('{"optim": {"lr": 1' + "0" * 400 + "}}", "optim.lr must be below 2**63, not 1000"),
         (

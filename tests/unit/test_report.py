@@ -416,11 +416,19 @@ def test_who_is_dropped_on_final_rewards_is_out_at_the_end(run):
 @pytest.mark.parametrize(
     "before, after, words",
     [
-        ([False] * 20 + [True] * 20, [True] * 40, "rose from 50.0 ± 7.9 % to 100.0 ± 0.0 % on 40 test prompts"),
+        (
+            [False] * 20 + [True] * 20,
+            [True] * 40,
+            "rose from 50.0 ± 7.9 % to 100.0 ± 0.0 % (± a standard error) on 40 test prompts",
+        ),
         ([True] * 40, [False] * 20 + [True] * 20, "fell from 100.0 ± 0.0 % to 50.0 ± 7.9 %"),
         ([True, False] * 20, [True, False] * 19 + [True, True], "did not measurably change, going from 50.0"),
         ([True, False], [True, False], "did not measurably change"),
-        ([False], [True], "did not measurably change, going from 0.0 ± 0.0 % to 100.0 ± 0.0 % on 1 test prompts"),
+        (
+            [False],
+            [True],
+            "did not measurably change, going from 0.0 ± 0.0 % to 100.0 ± 0.0 % (± a standard error) on 1 test prompts",
+        ),
     ],
 )
 def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after, words):

@@ -63,6 +63,12 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
         RunFolder.create(f"{tmp_path}/a\udcff")
 
 
+def test_what_is_no_path_is_refused():
+    nothing: Any = None
+    with pytest.raises(ValueError, match=r"^the run folder must be a str or a Path, not NoneType$"):
+        RunFolder.create(nothing)
+
+
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(ValueError, match="name is empty"):
         RunFolder.create("")

@@ -95,6 +95,15 @@ _register_word(Values, "JSON", Values.from_text, Values.to_text)
 # --- sentences about what is refused ----------------------------------------------------------------------------------
 
 
+_PLAIN_WORDS = (
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
+    (r"could not convert string to float: (.*)", r"\1 is not a number"),
+    (r"Could not find valid parse for arguments: \[(.*)\]", r"\1 does not fit"),
+    (r"Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),
+)
+"""Sentences of Python and of tyro's parsing, as patterns, and the same in words that say what to mend."""
+
+
 def sentence_of_box(box: str) -> str:
     """The sentence in tyro's frame: the text between the title and the next gap or rule, with the argument's usage."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
@@ -104,6 +113,8 @@ def sentence_of_box(box: str) -> str:
     # tyro lists the choices of an optional option as a set that includes None
     choices = r"\(('[^']*', )*'None'(, '[^']*')*\)"
     sentence = re.sub(choices, lambda match: f"({_sorted_without_none(match[0])})", sentence)
+    for of_python, plain in _PLAIN_WORDS:
+        sentence = re.sub(of_python, plain, sentence)
     return named(" ".join([sentence, *(f"(it is {line})" for line in usage)]))
 
 

@@ -17,6 +17,7 @@ run.lock                  there while a run writes here (tracking/lock.py)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class RunFolder(Folder):
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Refuse with ValueError an empty name, which would be the current folder, and a name that is not UTF-8."""
+        """Refuse with ValueError what is no path, an empty name, which is the current folder, and one not in UTF-8."""
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"the run folder must be a str or a Path, not {type(path).__name__}")
         if not str(path):
             raise ValueError("the run folder's name is empty; give one, or . for the current folder")
         if any("\ud800" <= c <= "\udfff" for c in str(path)):  # surrogates, which stand for bytes that are not UTF-8

@@ -68,7 +68,7 @@ def _savings(data: RunData) -> str:
     if saved is not None:
         sentences.append(f"Pruning saved <b>{percent(saved)}</b> of the NFE that the groups would take unpruned.")
     if ratio:
-        sentences.append(f"Sampling took <b>{ratio:.2f} ×</b> the NFE of plain GRPO at its group size.")
+        sentences.append(f"Sampling took <b>{ratio:.2f} ×</b> the NFE of plain GRPO (plan <code>none</code>).")
     return f'<p class="after">{" ".join(sentences)}</p>' if sentences else ""
 
 

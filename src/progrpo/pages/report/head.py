@@ -72,9 +72,10 @@ def _result(data: RunData) -> str:
     before, after = accuracy(data.before), accuracy(data.after)
     if before is None:
         return _result_by_reward(data)
+    tested = f"(± a standard error) on {before.count} test prompts"
     if after is None:
-        return f"strict accuracy was {_share(before)} on {before.count} test prompts before; after is not measured yet"
-    return f"strict accuracy {_moved(data)} from {_share(before)} to {_share(after)} on {after.count} test prompts"
+        return f"strict accuracy was {_share(before)} {tested} before; after is not measured yet"
+    return f"strict accuracy {_moved(data)} from {_share(before)} to {_share(after)} {tested}"
 
 
 def _result_by_reward(data: RunData) -> str:
