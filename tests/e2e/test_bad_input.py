@@ -91,11 +91,11 @@ def test_a_process_says_its_sentence_and_nothing_else(here):
         (("plan", "cut.json"), "cut.json: not JSON, as a configuration must be"),
         (
             ("plan", "twice.json"),
-            "must be: seed is given twice; leave one out",
+            "twice.json: not JSON, as a configuration must be: seed is given twice; leave one out",
         ),
         (
             ("plan", "deep.json"),
-            "must be: lists or objects are nested without end",
+            "deep.json: not JSON, as a configuration must be: lists or objects are nested without end",
         ),
         (("report", "."), ". is no run folder"),
         (("sample", "shapes-flow", "--prompt", "a", "--limit", "5"), "--limit goes with --prompts; every --prompt is"),

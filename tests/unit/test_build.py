@@ -292,11 +292,11 @@ def test_a_process_whose_groups_were_all_stopped_has_no_expected_rewards():
 @pytest.mark.parametrize(
     ("settings", "every", "iterations", "says"),
     [
-        ({"plan": PlanSettings(adaptive=True)}, 5, 15, "^plan.adaptive cannot have an effect in 15 .* iteration 15 "),
+        ({"plan": PlanSettings(adaptive=True)}, 5, 15, "^plan.adaptive cannot have an effect in 15 .* iteration 15; "),
         ({"plan": PlanSettings(adaptive=True)}, 5, 16, None),
-        ({"plan": PlanSettings("auto")}, 5, 3, "^plan.preset auto cannot .* comes in iteration 3 "),
+        ({"plan": PlanSettings("auto")}, 5, 3, "^plan.preset auto cannot .* comes in iteration 3; raise iterations$"),
         ({"plan": PlanSettings("auto")}, 5, 4, None),
-        ({"preview": PreviewSettings(probe=True)}, 1, 2, r"^preview.probe cannot .* iteration 3 \(audit.every 1\)"),
+        ({"preview": PreviewSettings(probe=True)}, 1, 2, r"^preview.probe .* iteration 3; .* audit.every 1$"),
         ({}, 5, 1, None),
         ({"plan": PlanSettings(adaptive=True), "prompts": PromptSettings(pairs="p.jsonl")}, 5, 1, None),
     ],

@@ -107,12 +107,14 @@ def audits_warning(config: Config) -> str | None:
         "preview.probe": config.preview.probe,
     }
     names = [name for name, active in by_audits.items() if active]
-    third = 3 if config.plan.preset == "auto" else 3 * config.audit.every
+    at_once = config.plan.preset == "auto"  # it audits the first three iterations, whatever `audit.every` is
+    third = 3 if at_once else 3 * config.audit.every
     if not names or config.prompts.pairs or config.iterations > third:
         return None
+    sooner = "" if at_once else f", or audit more often than audit.every {config.audit.every}"
     return (
         f"{' and '.join(names)} cannot have an effect in {config.iterations} iterations: the third audit, which is"
-        f" needed, comes in iteration {third} (audit.every {config.audit.every}); raise iterations, or audit more often"
+        f" needed, comes in iteration {third}; raise iterations{sooner}"
     )
 
 
