@@ -113,13 +113,13 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
     assert "1 of 2 iterations are done in 2.0 s (" in page
     assert "There is no evaluation after training yet" in page
     assert "mean over finished members" in page  # also of those that `final_keep` drops
-    assert "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference" in page
+    assert "Not recorded: Strict accuracy, Spread within a group, Distance to the reference" in page
 
 
 def test_the_noise_scale_is_drawn_beside_the_prompts_of_an_iteration(run):
     run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": 6}})
     run.log({"iteration": 0, "seconds": 2.0, "update/noise_scale": None}, 0)
-    assert "Gradient noise scale" in text(run).partition("Not recorded so far: ")[2]
+    assert "Gradient noise scale" in text(run).partition("Not recorded: ")[2]
     run.log({"iteration": 1, "seconds": 2.0, "update/noise_scale": 70.5}, 1)
     page = text(run)
     assert "<b>Gradient noise scale</b>" in page and "an iteration below it is ruled by noise" in page

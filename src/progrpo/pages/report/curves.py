@@ -167,5 +167,5 @@ def _grid(metrics: Sequence[Metrics], cards: Sequence[_Card], classes: str, heig
     )
     absent = [card.title for card, figure in drawn if figure is None]
     return f'<div class="{classes}">{html}</div>' + (
-        note(f"Not recorded so far: {', '.join(absent)}.") if absent else ""
+        note(f"Not recorded: {', '.join(absent)}.") if absent else ""
     )
