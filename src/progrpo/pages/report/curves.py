@@ -166,6 +166,4 @@ def _grid(metrics: Sequence[Metrics], cards: Sequence[_Card], classes: str, heig
         if figure is not None
     )
     absent = [card.title for card, figure in drawn if figure is None]
-    return f'<div class="{classes}">{html}</div>' + (
-        note(f"Not recorded: {', '.join(absent)}.") if absent else ""
-    )
+    return f'<div class="{classes}">{html}</div>' + (note(f"Not recorded: {', '.join(absent)}.") if absent else "")
