@@ -193,6 +193,7 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
         (("train", "sd3", "--plan.preset", "custom"), "--plan.preset custom needs the plan: give --plan.group-size"),
         (("plan", "smoke", "--plan.prune", "3", "9"), "prune keep at step 3 must be at most the 6 members"),
         (("train", "smoke", "--resume", "nowhere"), "progrpo train --resume does not take smoke"),
+        (("train", "--resume", "nowhere", "--seed", "4"), "goes on by its own config.json: change it there, and add"),
         (("train", "--resume", "nowhere"), "nowhere is no run folder (it holds no config.json)"),
         (("sample", "m", "--prompt", "a", "--count", "0"), "--count must be between 1 and 10,000, not 0"),
         (("eval", "m", "--guidance-scale", "nan"), "--guidance-scale must be between 1 and 1,000, not nan"),
@@ -210,6 +211,8 @@ def test_mistakes_are_refused_in_one_sentence(capsys, args, message):
         (("train", "smoke", "--optim.lr", "high"), "--optim.lr: 'high' is not a number (it is"),
         (("train", "smoke", "--seed", "1.5"), "--seed: '1.5' is not a whole number (it is"),
         (("train", "smoke", "--seed"), "--seed needs a value; see"),
+        (("repro",), "one of fig1, fig2, fig5, table1, table2, table3, table4, table5, table6 is missing; see"),
+        (("sample",), "MODEL is missing; see progrpo sample --help"),
         (("train", "smoke", "--plan.prune", "2"), "--plan.prune: '2' does not fit (it is --plan.prune [INT INT"),
         (("train", "smoke", "--sampling.sde-window", "al"), "invalid choice 'al' for argument '--sampling.sde-window'"),
         (

@@ -377,6 +377,41 @@ def test_a_run_of_the_library_goes_on_by_its_own_configuration_and_with_changes_
     assert len(run.metrics.read()) == 2 and any("evaluation prompts" in w for w in run.summary.read()["warnings"])
 
 
+def test_costs_that_plans_are_judged_by_are_those_of_the_run_s_own_reward(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    out = tmp_path / "run"
+    folder = progrpo.train(tiny_pipeline(), prompts, redness, config=tiny_config(iterations=1), out=out)
+    costs = {"call": 1.0, "preview": 2.0, "finish": 3.0, "train": 4.0}
+    folder.costs.write(costs)
+    progrpo.train(tiny_pipeline(), prompts, redness, config=tiny_config(iterations=2), out=out, mode="resume")
+    assert folder.costs.read() == costs
+    other = ["jpeg_compressibility"]
+    progrpo.train(tiny_pipeline(), prompts, other, config=tiny_config(iterations=3), out=out, mode="resume_changed")
+    assert folder.costs.read() is None
+
+
+def test_a_refused_resume_closes_the_rewards(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    closed = []
+
+    class Held:
+        def score(self, images, prompts):
+            return redness(images, prompts)
+
+        def close(self):
+            closed.append(self)
+
+    out, held = tmp_path / "run", Held()
+    with pytest.raises(ValueError, match="no run"):
+        progrpo.train(tiny_pipeline(), prompts, held, config=tiny_config(), out=out, mode="resume")
+    progrpo.train(tiny_pipeline(), prompts, held, config=tiny_config(iterations=1), out=out)
+    del closed[:]
+    with pytest.raises(ValueError, match=r"optim\.lr was"):
+        config = tiny_config(iterations=1, optim=OptimSettings(lr=0.5))
+        progrpo.train(tiny_pipeline(), prompts, held, config=config, out=out, mode="resume")
+    assert closed == [held]
+
+
 def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(tiny_sd3)

@@ -30,6 +30,8 @@ def late(num_inference_steps):
 FIXED = Plan(5, (PrunePoint(1, 3),))
 BARE = Plan(16, ((3, 8),))
 
+RECORDED = Plan(2, recorded=True)
+
 def of_nothing():
     return FIXED
 
@@ -84,6 +86,11 @@ def test_an_evaluation_of_a_run_imports_none_of_its_code(run, on_a_tiny_model, t
     assert "own_parts" not in sys.modules
 
 
+def test_a_plan_of_ones_own_goes_with_no_field_of_a_custom_plan(run, capsys):
+    assert run("plan", "smoke", "--plan.preset", "own_parts:late", "--plan.group-size", 24) == 2
+    assert "are read only when plan.preset is custom, not own_parts:late" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "name", "said"),
     [
@@ -94,6 +101,7 @@ def test_an_evaluation_of_a_run_imports_none_of_its_code(run, on_a_tiny_model, t
             "own_parts:GENTLE",
             "plan.preset: own_parts:GENTLE must be a progrpo.rollout.plan.Plan, or a",
         ),
+        ("--plan.preset", "own_parts:RECORDED", "must not be recorded, since its groups are sampled; prompts.pairs"),
         ("--plan.preset", "own_parts:BARE", "or a function of num_inference_steps that returns one, with a tuple of"),
         (
             "--plan.preset",

@@ -37,7 +37,7 @@ from progrpo.training.build import (
     sampling_from,
 )
 from progrpo.training.distributed import Ranks
-from progrpo.training.inputs import audits_warning
+from progrpo.training.inputs import audits_warning, noise_warning
 
 
 def test_a_dtype_that_is_named_stays():
@@ -304,4 +304,20 @@ def test_a_process_whose_groups_were_all_stopped_has_no_expected_rewards():
 def test_what_audits_come_too_late_for_is_said(settings, every, iterations, says):
     config = replace(Config(iterations=iterations, audit=AuditSettings(every=every)), **settings)
     warning = audits_warning(config)
+    assert warning is None if says is None else warning is not None and re.search(says, warning)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampling", "says"),
+    [
+        ("nft", {"sampler": "cps"}, "^sampling.sampler cps cannot .*: sampling.sde_window auto .* objective.name nft$"),
+        ("elbo", {"sampler": "cps", "noise_level": 0.5}, "^sampling.sampler cps and sampling.noise_level 0.5 cannot "),
+        ("nft", {"sampler": "cps", "sde_window": "all"}, None),
+        ("nft", {}, None),
+        ("grpo", {"sampler": "cps"}, None),
+    ],
+)
+def test_noise_that_no_step_adds_is_reported(objective, sampling, says):
+    config = Config(objective=ObjectiveSettings(objective), sampling=SamplingSettings(**sampling))
+    warning = noise_warning(config)
     assert warning is None if says is None else warning is not None and re.search(says, warning)

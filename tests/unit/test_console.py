@@ -67,7 +67,7 @@ def test_the_summary_is_a_table_and_what_was_spent(capsys):
         "                 before   after        change",
         "reward            0.600   0.700        +0.100",
         "strict accuracy  50.0 %  62.5 %  +12.5 points",
-        "86,400 NFE, 25 % saved by pruning, 1.50 x plain GRPO's, 2 min 10 s",
+        "86,400 NFE, 25 % fewer than full groups, 1.50 x plain GRPO's, 2 min 10 s",
         "report: runs/x/report.html",
     ]
 

@@ -39,6 +39,12 @@ def test_text_files_hold_a_prompt_a_line(tmp_path):
     assert texts(of_file(tmp_path, "p.txt", content)) == ["a red circle", "ein grüner Würfel \u2028 daneben"]
 
 
+def test_a_text_file_has_no_field_to_name(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle")
+    with pytest.raises(ValueError, match=r"p\.txt holds texts alone, without a field caption; leave its column out$"):
+        load_prompts(str(tmp_path / "p.txt"), column="caption")
+
+
 def test_a_column_that_only_other_trainers_read_is_reported():
     rows = [{"prompt": "a cat", "kind": "x"}, {"prompt": "a dog", "negative_prompt": "blurred"}]
     assert ignored_column_note(prompts_from_python(rows[:1], "prompts")) is None

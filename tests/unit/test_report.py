@@ -436,7 +436,7 @@ def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after,
     sentence = verdict(read_run_data(run.path))
     assert words in sentence
     assert sentence.startswith("shapes-flow was trained for 2 iterations in 2 min 10 s (seed 3): strict accuracy ")
-    assert sentence.endswith("while pruning saved 25 % of its groups’ network evaluations.")
+    assert sentence.endswith("with 25 % fewer network evaluations than its full groups take.")
 
 
 def test_of_one_pair_no_error_is_given(run):

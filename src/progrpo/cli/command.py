@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
@@ -22,6 +22,9 @@ ConfigFields = Annotated[Config, arg(name="")]
 @dataclass(frozen=True)
 class Command:
     """A command: its fields are its options, and its docstring is its help."""
+
+    goes_on: ClassVar = False
+    """Whether it goes on with a run, whose settings are not options."""
 
     def run(self) -> None:
         raise NotImplementedError

@@ -25,6 +25,7 @@ from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError, LockLostError
 from progrpo.messages import FaultsError, nearest, quoted
 from progrpo.recipes import RECIPES, load_recipe
+from progrpo.registry import is_users_own
 from progrpo.rollout.plan import PRESETS
 from progrpo.rollout.settings import unread_fields
 from progrpo.streams import occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
@@ -190,6 +191,7 @@ def _named_plan(command: str, args: Sequence[str], own: PlanSettings) -> str:
     if preset == "custom" and own.preset != "custom" and not described:
         raise ValueError(f"{option} custom needs the plan: give {', '.join(fields[:-1])} or {fields[-1]}")
     in_force = own.preset if preset == "recipe" else preset
-    if described and in_force in PRESETS:  # their values do not tell: a group of 24, or no points, is the default
+    # their values do not tell: a group of 24, or no points, is the default
+    if described and (in_force in PRESETS or is_users_own(in_force)):
         raise unread_fields(in_force)
     return preset

@@ -75,6 +75,8 @@ class Eval(Command):
 
     OF_SUITES: ClassVar = ("against", "out", "per_prompt", "limit", "features")
     NOT_OF_SUITES: ClassVar = ("pictures", "column")
+    LABELS: ClassVar = {"graded": "reward", "strict": "strict accuracy", "strict_by_kind": "strict accuracy by kind"}
+    """The figures that `train` prints under another name than records have."""
 
     def run(self) -> None:
         check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
@@ -91,7 +93,8 @@ class Eval(Command):
         given = sampling_given(self)
         result = evaluate_model(self._choice(self.target), prompts, self.reward, given, self.negative_prompt)
         if result is not None:
-            show(format_result(result, self.json), costly=True)
+            labelled = {self.LABELS.get(name, name): value for name, value in result.items()}
+            show(format_result(result if self.json else labelled, self.json), costly=True)
 
     def _run_suite(self, name: SuiteName) -> None:
         from progrpo.suites.markdown import tables

@@ -109,6 +109,9 @@ def sentence_of_box(box: str) -> str:
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
     texts = ["" if set(line) <= {"─", "-"} else line for line in lines[1:]]
     sentence = " ".join(takewhile(bool, dropwhile(not_, texts))).removeprefix("Error parsing ").rstrip(".")
+    if missing := re.match(r"Missing from .+?: (\{[^}]*\}|\S+) .*\(required\)$", sentence):
+        choices = missing[1].strip("{}").split(",")
+        return f"{named(missing[1])} is missing" if len(choices) == 1 else f"one of {', '.join(choices)} is missing"
     usage = lines[lines.index("Argument helptext:") + 1 :][:1] if "Argument helptext:" in lines else []
     # tyro lists the choices of an optional option as a set that includes None
     choices = r"\(('[^']*', )*'None'(, '[^']*')*\)"
@@ -129,7 +132,13 @@ def _unknown_word(unknown: Sequence[str], args: Sequence[str], kind: type[Comman
         return _stray_word(unknown[0], args, kind, prog)
     option = option.partition("=")[0]
     own = [as_option(name) for name in _field_names(kind) if name != "config"]
-    of_config = [name for path in field_paths(Config) for name in _option_pair(path)] if _has_config(kind) else []
+    all_of_config = [name for path in field_paths(Config) for name in _option_pair(path)]
+    if kind.goes_on and option.replace("_", "-") in all_of_config:
+        return (
+            f"{prog} does not take {named(option)}, since a run goes on by its own config.json: change it there, and"
+            " add --accept-changes"
+        )
+    of_config = all_of_config if _has_config(kind) else []
     return f"{prog} does not take {named(option)}{nearest(option.replace('_', '-'), [*own, *of_config])}"
 
 

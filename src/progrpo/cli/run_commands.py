@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -48,6 +48,7 @@ class Train(Command):
 class Resume(Command):
     """Continue a stopped run, exactly as it would have continued."""
 
+    goes_on: ClassVar = True
     resume: Path
     """The run folder."""
     iterations: int | None = None

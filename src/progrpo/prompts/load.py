@@ -51,6 +51,8 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
         )
     if not os.path.isfile(path):  # unlike Path's own method, it does not raise for a name that is too long
         raise ValueError(f"no prompt file {named(source)}{_suggestion(path)}")
+    if kind == ".txt" and column != TEXT:
+        raise ValueError(f"{named(source)} holds texts alone, without a field {named(column)}; leave its column out")
     try:
         prompts = tuple(
             with_picture_path(prompt_from_row(row, where, column), path.parent, where)

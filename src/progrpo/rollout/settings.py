@@ -296,6 +296,11 @@ def _load_plan(name: str, num_inference_steps: int) -> Plan:
             f"plan.preset: {name} must be a progrpo.rollout.plan.Plan, or a function of num_inference_steps that"
             f" returns one, with a tuple of PrunePoints as its prune, not {quoted(plan)}"
         )
+    if plan.recorded:
+        raise ValueError(
+            f"plan.preset: {name} must not be recorded, since its groups are sampled; prompts.pairs learns from"
+            " recorded pairs"
+        )
     return plan
 
 

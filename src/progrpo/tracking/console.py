@@ -231,11 +231,11 @@ def _change(before: float | None, after: float | None, is_share: bool) -> str:
 
 
 def _cost(summary: Summary) -> str:
-    """The NFE, the share that pruning saved, missing scores, and the time."""
+    """The NFE, by how much they are below those of full groups, missing scores, and the time."""
     fields = [f"{count(summary.get('nfe'))} NFE"]
     saved, ratio = summary.get("nfe_saved"), summary.get("nfe_ratio_to_none")
     if saved is not None:
-        fields.append(f"{percent(saved, 0)} saved by pruning")
+        fields.append(f"{percent(saved, 0)} fewer than full groups")
     if ratio:  # 0 where recorded pairs are learnt from
         fields.append(f"{ratio:.2f} x plain GRPO's")
     rewards = summary.get("rewards")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
-from progrpo.config import Config
+from progrpo.config import Config, stochastic_steps
 from progrpo.messages import quoted
 from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
@@ -115,6 +115,22 @@ def audits_warning(config: Config) -> str | None:
     return (
         f"{' and '.join(names)} cannot have an effect in {config.iterations} iterations: the third audit, which is"
         f" needed, comes in iteration {third}; raise iterations{sooner}"
+    )
+
+
+def noise_warning(config: Config) -> str | None:
+    """A warning of settings of noise in a run none of whose steps adds noise."""
+    sampling = config.sampling
+    set_here = {
+        f"sampling.sampler {sampling.sampler}": sampling.sampler != "auto",
+        f"sampling.noise_level {sampling.noise_level}": sampling.noise_level is not None,
+    }
+    names = [name for name, given in set_here.items() if given]
+    if not names or config.prompts.pairs or stochastic_steps(config, 0):
+        return None
+    return (
+        f"{' and '.join(names)} cannot have an effect: sampling.sde_window {sampling.sde_window} follows the ODE at"
+        f" every step under objective.name {config.objective.name}"
     )
 
 

@@ -113,9 +113,10 @@ def train(
                 lambda: _take_over(pipeline, config, ranks),
             )
 
-        if resumes:
-            return resume_in(folder, config, make_inputs, ranks, accept_changes)
-        run = Run(make_inputs(), folder, ranks)
+        with closed_where_refused([mixture]):
+            if resumes:
+                return resume_in(folder, config, make_inputs, ranks, accept_changes)
+            run = Run(make_inputs(), folder, ranks)
     return start(run, overwrite=mode == "overwrite")
 
 

@@ -89,6 +89,7 @@ class TrainingLoop:
         self._trainer.load_state_dict(state)
         if not checkpoints.audits_alike(state["config"], self._config):
             self._trainer.plan_monitor.forget_audits()
+            self._recorder.forget_costs()
         alike = checkpoints.evaluates_alike(state["config"], self._config)
         comparable = alike and {"evaluation", "model"}.isdisjoint(changed)
         self._evaluator.load_state_dict(state, comparable)

@@ -111,7 +111,7 @@ class PlanJudge:
         """Note an audit's agreement by step and its final rewards, of which some may be missing (NaN).
 
         With the first audit that is enough for a verdict, also note the unit costs. An agreement of None is 0: previews
-        that are all alike tell nothing.
+        that are all alike, or have no scores, tell nothing.
         """
         standard_G = standardised(final_G)
         if standard_G is None:
@@ -124,7 +124,8 @@ class PlanJudge:
             self.units = self.recorded or unit_costs(counted, seconds)
 
     def forget(self) -> None:
-        """Forget the audits; the costs stay."""
+        """Forget the audits, and the costs, of which rewards and previews are a part."""
+        self.units = None
         self._agreement, self._finals, self._stds = [], [], []
 
     def verdict(

@@ -75,6 +75,11 @@ class Recorder:
             self.folder.costs.write(asdict(judge.units))
             judge.recorded = judge.units
 
+    def forget_costs(self) -> None:
+        """Drop the written costs: those of other rewards or previews are not this run's."""
+        if self._ranks.is_main and self.folder.costs.read() is not None:
+            self.folder.costs.write(None)
+
     def iteration(self, done: Iteration, with_samples: bool) -> None:
         """Hand out an iteration's record, its audit, and its pictures if they are asked for."""
         if not self._ranks.is_main:

@@ -12,7 +12,7 @@ from progrpo.rewards.mixture import closed_where_refused
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
-from progrpo.training.inputs import RunInputs, audits_warning
+from progrpo.training.inputs import RunInputs, audits_warning, noise_warning
 from progrpo.training.measure import with_measured_microbatches
 from progrpo.training.trainer import Trainer
 
@@ -46,8 +46,8 @@ class Run:
         prompts = self.inputs.all_prompts
         cuts = self.policy.truncation([prompt.text for prompt in prompts]).in_words()
         overlap = None if self.policy.edits else self.inputs.overlap_warning()
-        few = audits_warning(self.trainer.config)
-        return [w for w in (self.policy.ignored, cuts, ignored_column_note(prompts), overlap, few) if w]
+        idle = [audits_warning(self.trainer.config), noise_warning(self.trainer.config)]
+        return [w for w in (self.policy.ignored, cuts, ignored_column_note(prompts), overlap, *idle) if w]
 
     def encode_prompts(self) -> None:
         """Encode every prompt that this process will need, once, and let the text encoders leave memory."""

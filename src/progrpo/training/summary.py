@@ -167,7 +167,8 @@ def device_name(device: torch.device) -> str:
     """The name of a device, for results."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}, {platform.machine()}"
 
 
 def command_line() -> str:

@@ -43,11 +43,11 @@ def write(data: RunData) -> str:
 
 
 def verdict(data: RunData) -> str:
-    """The sentence on the run, the change of strict accuracy, and the share that pruning saved."""
+    """The sentence on the run, the change of strict accuracy, and the network evaluations saved."""
     seed = data.summary.get("seed", data.config.get("seed"))
     saved = data.summary.get("nfe_saved")
-    pruning = f", while pruning saved {percent(saved, 0)} of its groups’ network evaluations" if saved else ""
-    return f"{_training(data)} (seed {escape(seed)}): {_result(data)}{pruning}."
+    fewer = f", with {percent(saved, 0)} fewer network evaluations than its full groups take" if saved else ""
+    return f"{_training(data)} (seed {escape(seed)}): {_result(data)}{fewer}."
 
 
 def _training(data: RunData) -> str:
@@ -138,7 +138,7 @@ def _change(data: RunData) -> str:
 def _network_evaluations(data: RunData) -> str:
     saved, ratio = data.summary.get("nfe_saved"), data.summary.get("nfe_ratio_to_none")
     nfe = (data.summary.get("nfe") or 0) + total(data.since_summary, "rollout/nfe") or None
-    details = [] if saved is None else [f"{percent(saved, 0)} saved by pruning"]
+    details = [] if saved is None else [f"{percent(saved, 0)} fewer than full groups"]
     details += [] if not ratio else [f"{ratio:.2f} × plain GRPO’s"]
     if data.pairs:
         return _tile("Network evaluations", MISSING, "recorded pairs, nothing is sampled")
