@@ -65,6 +65,7 @@ class RewardMixture:
         self._components = components
         self._ranking = ranking
         self._lock = threading.Lock()
+        self._closed = False
         self._reset_counts()
 
     def counted_apart(self) -> RewardMixture:
@@ -129,7 +130,10 @@ class RewardMixture:
             component.reward.check(prompts)
 
     def close(self) -> None:
-        """Close every reward, also where one raises."""
+        """Close every reward, also where one raises. A second call does nothing: several places end a run."""
+        if self._closed:
+            return
+        self._closed = True
         with ExitStack() as closing:
             for component in self._components:
                 closing.callback(component.reward.close)
