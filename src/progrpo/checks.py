@@ -209,6 +209,10 @@ def _check_keep_groups(config: Config, keep_groups: int) -> None:
             config.objective.advantage == "gdpo",
             "its sums are normalised in each group, and do not say how far the rewards differ",
         ),
+        "preview.latent_reward with prompts.order signal": (
+            bool(config.preview.latent_reward) and config.prompts.order == "signal",
+            "the head's scores of stopped groups do not compare with the rewards of the others",
+        ),
     }
     for name, (active, reason) in conflicts.items():
         if active:

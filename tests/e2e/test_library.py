@@ -391,6 +391,20 @@ def test_costs_that_plans_are_judged_by_are_those_of_the_run_s_own_reward(
     assert folder.costs.read() is None
 
 
+def test_another_plan_begins_anew(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    """Also one that adapts, which goes on with what audits chose where it is the same."""
+    of_two, of_three = (
+        PlanSettings("custom", group_size=4, prune=((1, 2),)),
+        PlanSettings("custom", group_size=4, prune=((2, 3),), adaptive=True),
+    )
+    audit, out = AuditSettings(every=1), tmp_path / "run"
+    first = tiny_config(iterations=1, plan=of_two, audit=audit)
+    progrpo.train(tiny_pipeline(), prompts, redness, config=first, out=out)
+    longer = tiny_config(iterations=2, plan=of_three, audit=audit)
+    run = progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, mode="resume_changed")
+    assert run.summary.read()["plan"]["path"] == [4, 3]
+
+
 def test_a_refused_resume_closes_the_rewards(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
     closed = []
 

@@ -31,6 +31,9 @@ FIXED = Plan(5, (PrunePoint(1, 3),))
 BARE = Plan(16, ((3, 8),))
 
 RECORDED = Plan(2, recorded=True)
+TEXT = Plan("16")
+HALVES = Plan(16.5)
+WORDS = Plan(16, (PrunePoint("3", 8),))
 
 def of_nothing():
     return FIXED
@@ -101,6 +104,9 @@ def test_a_plan_of_ones_own_goes_with_no_field_of_a_custom_plan(run, capsys):
             "own_parts:GENTLE",
             "plan.preset: own_parts:GENTLE must be a progrpo.rollout.plan.Plan, or a",
         ),
+        ("--plan.preset", "own_parts:TEXT", "plan.preset: own_parts:TEXT must have whole numbers, not '16'"),
+        ("--plan.preset", "own_parts:HALVES", "must have whole numbers, not 16.5"),
+        ("--plan.preset", "own_parts:WORDS", "must have whole numbers, not '3'"),
         ("--plan.preset", "own_parts:RECORDED", "must not be recorded, since its groups are sampled; prompts.pairs"),
         ("--plan.preset", "own_parts:BARE", "or a function of num_inference_steps that returns one, with a tuple of"),
         (

@@ -146,6 +146,14 @@ def test_what_was_decided_by_measuring_is_decided_again(adaptive, tmp_path):
     assert RunFolder(again).costs.read() == RunFolder(adaptive).costs.read()
 
 
+def test_a_configuration_that_was_edited_is_checked(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"optim": {"lr": -5}}')
+    assert main(["train", "--resume", str(folder), "--accept-changes"]) == 2
+    assert "optim.lr must be above 0" in capsys.readouterr().err
+
+
 def test_a_report_is_written_anew(run, capsys):
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0

@@ -637,6 +637,12 @@ def test_the_learning_rate_rises_stays_and_falls():
             "plan.keep_groups must be empty for objective.advantage gdpo",
         ),
         (
+            {"plan": {"keep_groups": 2}, "preview": {"latent_reward": "head"}, "prompts": {"order": "signal"}},
+            "plan.keep_groups must be empty for preview.latent_reward with prompts.order signal: the head's scores of",
+        ),
+        ({"preview": {"tiny_decoder": "a/b"}}, "preview.tiny_decoder is read only where preview.decoder is tiny; set"),
+        ({"preview": {"probe_threshold": 0.1}}, "preview.probe_threshold is read only with preview.probe; set it or"),
+        (
             {"objective": {"name": "sft", "sft": {"final_negative_weight": 1.0}}},
             "objective.sft.final_negative_weight must be empty, since only chosen pictures are trained on, not 1.0",
         ),

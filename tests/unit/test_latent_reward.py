@@ -331,11 +331,12 @@ def test_a_run_ranks_by_ones_own_latent_reward(own, tiny_trainer, tiny_config):
     [
         ("my_latents:lous", "'my_latents:lous': the module 'my_latents' has no function or class 'lous'"),
         ("no_such_module:f", "'no_such_module:f': there is no module 'no_such_module'"),
+        ("my_latents:seen", r"my_latents:seen must be a function of latents and texts, not \[\]$"),
         ("my_latents:Unmade", "'my_latents:Unmade': my_latents.py, line 14: OSError: no weights$"),
     ],
 )
 def test_a_name_of_nothing_is_refused(own, tiny_policy, name, problem):
-    with pytest.raises(ValueError, match=f"^preview.latent_reward {problem}"):
+    with pytest.raises(ValueError, match=f"^preview.latent_reward:? {problem}"):
         latent_reward(PreviewSettings(latent_reward=name), tiny_policy())
 
 
@@ -351,3 +352,9 @@ def test_an_answer_that_is_no_score_each_is_refused(own, tiny_policy, name, prob
     assert reward is not None
     with pytest.raises(ValueError, match=f"^preview.latent_reward 'my_latents:{name}': {problem}"):
         reward.score(torch.zeros(2, 4, 2, 2), [Prompt("a"), Prompt("b")])
+
+
+def test_a_function_is_not_asked_about_nothing(own, tiny_policy):
+    """As in a process all of whose groups were stopped."""
+    reward = latent_reward(PreviewSettings(latent_reward="my_latents:broken"), tiny_policy())
+    assert reward is not None and reward.score(torch.zeros(0, 4, 2, 2), []).shape == (0,)

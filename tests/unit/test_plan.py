@@ -63,6 +63,8 @@ def test_units_turn_a_cost_into_the_seconds_that_it_was_measured_by():
     none = preset("none", 10).predict(10, 9, guidance=False)
     unseen = unit_costs(none, {**seconds, "preview": 0.0})
     assert unseen.preview == unseen.finish == pytest.approx(0.2 / 24)
+    assert unit_costs(none, {**seconds, "preview": 0.0}, 0.001).preview == 0.001
+    assert unit_costs(counted, seconds, 0.001) == units  # the run's own
     waves = unit_costs(counted, {**seconds, "overlapped": 0.3})  # a third of what was waited for
     assert waves.seconds(counted) == pytest.approx(5.6) and waves.preview == pytest.approx(units.preview * 2 / 3)
     assert unit_costs(counted, {**seconds, "overlapped": 2.0}).preview == 0

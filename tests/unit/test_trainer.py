@@ -41,7 +41,7 @@ from progrpo.training.noise_scale import NoiseScale
 from progrpo.training.plan_judge import Verdict
 from progrpo.training.plan_monitor import PlanMonitor
 from progrpo.training.summary import Progress, summarize
-from progrpo.training.totals import Totals
+from progrpo.training.totals import Totals, Work
 from progrpo.training.watch import SelfChecks
 from progrpo.types import Cost
 
@@ -200,6 +200,17 @@ def test_a_first_verdict_that_keeps_the_plan_is_announced_once(tiny_config, caps
     assert capsys.readouterr().out == ""
 
 
+def test_a_plan_that_adapts_and_is_not_worth_its_time_is_warned_of_at_the_first_verdict(tiny_config, capsys):
+    plan = PlanSettings("custom", group_size=4, prune=((1, 2),), adaptive=True)
+    config = tiny_config(plan=plan, audit=AuditSettings(every=1))
+    monitor = PlanMonitor(config, Ranks(), SelfChecks(config.watch))
+    before, monitor.plan_value = monitor.standing, 0.8
+    monitor.verdict = Verdict(monitor.plan, PlanDecision(0.8, [4, 2], [1], 0.8, [4, 2], [1], 0.5, None, None), 1.0)
+    monitor.announce_change(before, Console(7))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("plan: groups of 4 -> 2") and "warning: the plan 4 -> 2 is expected to bring 0.80 x" in said
+
+
 def test_a_value_belongs_to_the_plan_that_was_judged(tiny_config):
     """A plan that a resumed run takes in its place has none yet."""
     judged, same, other = (
@@ -209,7 +220,7 @@ def test_a_value_belongs_to_the_plan_that_was_judged(tiny_config):
     )
     judged.plan_value = 0.9
     for monitor, value in ((same, 0.9), (other, None)):
-        monitor.load_state_dict(judged.state_dict())
+        monitor.load_state_dict(judged.state_dict(), Work(Cost(), {}))
         assert monitor.plan_value == value
 
 
@@ -259,6 +270,36 @@ def test_a_plan_is_priced_without_what_a_first_iteration_takes_once(tiny_trainer
     assert records[0]["time/reward"] > 0.2
 
 
+def test_a_plan_is_priced_without_the_first_iterations_of_all_processes_of_a_run(tiny_trainer, tiny_config, tmp_path):
+    config = tiny_config(audit=AuditSettings(every=1))
+    first = tiny_trainer(config)
+    records = [first.step().record for _ in range(2)]
+    save_state(tmp_path / "state", first.state_dict())
+    resumed = tiny_trainer(config)
+    resumed.load_state_dict(load_state(tmp_path / "state"))
+    resumed.step()  # the third audit: the second iteration is the only one that no process began with
+    units, counted = resumed.plan_monitor.judge.units, resumed.totals.counted
+    assert units.finish * (counted.decodes - counted.previews) / 3 == pytest.approx(records[1]["time/reward"])
+
+
+def test_previews_of_audits_price_those_that_the_plan_does_not_make(tiny_trainer, tiny_config):
+    config = tiny_config(plan=PLAIN, preview=PreviewSettings(ode_steps=2), audit=AuditSettings(every=1))
+    trainer = tiny_trainer(config)
+    audits = [trainer.step().audit for _ in range(3)]
+    assert trainer.plan_monitor.judge.units.preview == audits[-1].preview_seconds > 0
+    assert tiny_trainer(tiny_config(plan=PLAIN, audit=AuditSettings(every=1))).step().audit.preview_seconds is None
+
+
+def test_groups_that_a_reward_cannot_compare_are_not_stopped(tiny_trainer, tiny_config):
+    def ranking(images, prompts):
+        return [0.0] * len(images)
+
+    ranking.groupwise = True  # type: ignore[attr-defined]
+    message = "plan.keep_groups must be empty for the reward reward, which compares the pictures of one group alone"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tiny_config(plan=STOPS), reward=ranking)
+
+
 @pytest.mark.parametrize(("step", "left"), [(2, 1), (1, 0)])
 def test_a_resumed_run_forgets_the_agreements_of_another_plan(tiny_config, step, left):
     def monitor_of(prune: tuple[int, int]) -> tuple[PlanMonitor, SelfChecks]:
@@ -269,7 +310,7 @@ def test_a_resumed_run_forgets_the_agreements_of_another_plan(tiny_config, step,
 
     saved, _ = monitor_of((2, 3))
     resumed, checks = monitor_of((step, 3))
-    resumed.load_state_dict(saved.state_dict())
+    resumed.load_state_dict(saved.state_dict(), Work(Cost(), {}))
     assert len(checks.state_dict()["agreements"]) == left
 
 

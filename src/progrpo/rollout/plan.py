@@ -143,18 +143,18 @@ class UnitCosts:
         )
 
 
-def unit_costs(counted: Cost, seconds: Mapping[str, float]) -> UnitCosts:
+def unit_costs(counted: Cost, seconds: Mapping[str, float], preview: float | None = None) -> UnitCosts:
     """The unit costs of counted work whose stages took these seconds; both must hold a finished iteration.
 
-    Its trained steps are those that the plan predicted. Without previews, one is taken to cost as much as a finished
-    picture. Scoring that `overlapped` the sampling of others (`reward.waves`) cost no time.
+    Its trained steps are those that the plan predicted. Without previews, one is taken to cost `preview`, or without
+    that as much as a finished picture. Scoring that `overlapped` the sampling of others (`reward.waves`) cost no time.
     """
     waited = seconds["preview"] + seconds["reward"]
     own = max(0.0, 1 - seconds.get("overlapped", 0.0) / waited) if waited else 1.0
     finish = own * seconds["reward"] / (counted.decodes - counted.previews)
     return UnitCosts(
         call=seconds["sample"] / counted.nfe,
-        preview=own * seconds["preview"] / counted.previews if counted.previews else finish,
+        preview=own * seconds["preview"] / counted.previews if counted.previews else preview or finish,
         finish=finish,
         train=seconds["update"] / max(1, counted.trained_steps),
     )

@@ -296,6 +296,11 @@ def _load_plan(name: str, num_inference_steps: int) -> Plan:
             f"plan.preset: {name} must be a progrpo.rollout.plan.Plan, or a function of num_inference_steps that"
             f" returns one, with a tuple of PrunePoints as its prune, not {quoted(plan)}"
         )
+    numbers = [number for point in plan.prune for number in (point.step, point.keep)]
+    numbers += [plan.group_size, *(n for n in (plan.final_keep, plan.keep_groups) if n is not None)]
+    for number in numbers:
+        if type(number) is not int:
+            raise ValueError(f"plan.preset: {name} must have whole numbers, not {quoted(number)}")
     if plan.recorded:
         raise ValueError(
             f"plan.preset: {name} must not be recorded, since its groups are sampled; prompts.pairs learns from"
@@ -332,7 +337,12 @@ class PreviewSettings:
     (N, C, H, W) and their texts (docs/extending.md). Empty: none."""
 
     def check(self) -> None:
-        """Raise ValueError for fields that have no effect beside a latent reward."""
+        """Raise ValueError for fields that have no effect beside others."""
+        default = PreviewSettings()
+        if self.tiny_decoder != default.tiny_decoder and self.decoder != "tiny":
+            raise ValueError("preview.tiny_decoder is read only where preview.decoder is tiny; set it or leave it out")
+        if self.probe_threshold != default.probe_threshold and not self.probe:
+            raise ValueError("preview.probe_threshold is read only with preview.probe; set it or leave it out")
         conflicts = {"decoder": "full", "ode_steps": 1, "probe": False}
         for name, needed in conflicts.items():
             if self.latent_reward and getattr(self, name) != needed:

@@ -47,6 +47,8 @@ class Audit:
     used_TG: Tensor
     probe_TG: Tensor | None
     examples: dict[int, ProbeExample]
+    preview_seconds: float | None = None
+    """The seconds of a preview that the run decides by; None where they are not decoded otherwise than pictures."""
 
     def agreement(self) -> list[float | None]:
         """Spearman's correlation of each step's previews with final rewards; None where the group has no variance."""
@@ -104,6 +106,8 @@ class GroupWatch:
 
     def __init__(self, prompt: Prompt, slot: int, reward: Scorer) -> None:
         self.meter = Meter()
+        self._used = Meter()
+        """What those previews took by which the run decides, where they are others."""
         self._prompt = prompt
         self._slot = slot
         self._reward = reward
@@ -112,6 +116,7 @@ class GroupWatch:
     def begin(self, sampler: Sampler) -> Sampler:
         """Forget what was seen; the sampler that finishes every member of the plan's groups and shows them."""
         self.meter = Meter()
+        self._used = Meter()
         self._seen = []
         self._sampler = replace(sampler, reward=self._reward).with_max_batch(sampler.plan.group_size)
         self._condition = sampler.policy.encode([self._prompt])
@@ -128,14 +133,19 @@ class GroupWatch:
         settings = self._sampler.preview_settings
         sampler = replace(self._sampler, probe=None)
         plain = replace(sampler, preview_settings=PreviewSettings(), latent_reward=None)
-        images_NHWC, scores_N = self._preview(plain, group, step)
+        images_NHWC, scores_N = self._preview(plain, group, step, self.meter)
         assert images_NHWC is not None
         differs = settings.decoder == "tiny" or settings.ode_steps > 1 or sampler.latent_reward is not None
-        used_N = self._preview(sampler, group, step)[1] if differs else scores_N
+        used_N = scores_N
+        if differs:
+            meter = Meter()
+            _, used_N = self._preview(sampler, group, step, meter)
+            self._used.add(meter)
+            self.meter.add(meter)
         self._seen.append(_Seen(images_NHWC, scores_N, used_N))
 
-    def _preview(self, sampler: Sampler, group: Trajectories, step: int) -> tuple[Tensor | None, Tensor]:
-        return preview(sampler, [self._prompt], self._condition, group, step, self.meter)
+    def _preview(self, sampler: Sampler, group: Trajectories, step: int, meter: Meter) -> tuple[Tensor | None, Tensor]:
+        return preview(sampler, [self._prompt], self._condition, group, step, meter)
 
     def audit(self, rolled: Rollout, key: NoiseKey) -> Audit:
         """The audit of the watched group, of which the rollout has every member."""
@@ -166,7 +176,12 @@ class GroupWatch:
             used_TG=torch.stack(decided),
             probe_TG=None if probed is None else torch.stack(probed),
             examples=probe_examples(batch, self._condition, final_G, scores_TG),
+            preview_seconds=self._preview_seconds(),
         )
+
+    def _preview_seconds(self) -> float | None:
+        previews = self._used.cost.previews
+        return self._used.seconds["preview"] / previews if previews else None
 
 
 @dataclass(frozen=True)

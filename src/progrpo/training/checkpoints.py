@@ -212,6 +212,11 @@ def audits_alike(saved_config: State, config: Config) -> bool:
     return _differing(saved_config, config).keys().isdisjoint(_OF_AUDITS)
 
 
+def plans_alike(saved_config: State, config: Config) -> bool:
+    """Whether both configurations begin with the same plan, in steps at which it means the same."""
+    return not any(name.startswith(("plan.", "sampling.")) for name in _differing(saved_config, config))
+
+
 def _differing(saved_config: State, config: Config) -> dict[str, tuple[object, object]]:
     """The fields that differ, each with both values. A field that a checkpoint is too old to have is none."""
     was, now = flat(saved_config), flat(json.loads(config_to_json(config)))

@@ -60,7 +60,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         )
     if iterations is not None:
         config = replace(config, iterations=iterations)
-        check(config)
+    check(config)
     with explain_lost_process(lambda: resume_hint(folder)):
         ranks = Ranks()
         require_same_settings(ranks, config)

@@ -34,6 +34,8 @@ class OwnLatentReward:
     def score(self, x0_NCHW: Tensor, prompts_N: Sequence[Prompt]) -> Tensor:
         """Score x0 projections, float64 (N,) on the CPU. ValueError where the function raises, or gives no numbers."""
         subject = f"preview.latent_reward {quoted(self.name)}"
+        if not len(x0_NCHW):  # a process all of whose groups were stopped; a function may not take nothing
+            return torch.empty(0, dtype=torch.float64)
         try:
             answer = self.function(x0_NCHW, [prompt.text for prompt in prompts_N])
             score_N = torch.as_tensor(answer, dtype=torch.float64).detach().cpu()
@@ -59,7 +61,12 @@ def latent_reward(preview: PreviewSettings, policy: Policy) -> LatentReward | No
             made = value() if isinstance(value, type) else value
         except Exception as error:
             raise ValueError(f"preview.latent_reward {quoted(name)}: {raised(error)}") from error
-        return OwnLatentReward(name, getattr(made, "score", made))
+        function = getattr(made, "score", made)
+        if not callable(function):
+            raise ValueError(
+                f"preview.latent_reward: {name} must be a function of latents and texts, not {quoted(made)}"
+            )
+        return OwnLatentReward(name, function)
     try:
         return load_latent_head(Path(name).expanduser(), policy.encode_pictures)
     except ValueError as error:

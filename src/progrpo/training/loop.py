@@ -90,6 +90,8 @@ class TrainingLoop:
         if not checkpoints.audits_alike(state["config"], self._config):
             self._trainer.plan_monitor.forget_audits()
             self._recorder.forget_costs()
+        if not checkpoints.plans_alike(state["config"], self._config):
+            self._trainer.plan_monitor.begin_anew()
         alike = checkpoints.evaluates_alike(state["config"], self._config)
         comparable = alike and {"evaluation", "model"}.isdisjoint(changed)
         self._evaluator.load_state_dict(state, comparable)

@@ -106,12 +106,18 @@ class PlanJudge:
         """An iteration of each number of network calls that a group shares, and the share of the run that has it."""
 
     def watch(
-        self, agreement_T: Sequence[float | None], final_G: np.ndarray, counted: Cost, seconds: Mapping[str, float]
+        self,
+        agreement_T: Sequence[float | None],
+        final_G: np.ndarray,
+        counted: Cost,
+        seconds: Mapping[str, float],
+        preview_seconds: float | None = None,
     ) -> None:
         """Note an audit's agreement by step and its final rewards, of which some may be missing (NaN).
 
         With the first audit that is enough for a verdict, also note the unit costs. An agreement of None is 0: previews
-        that are all alike, or have no scores, tell nothing.
+        that are all alike, or have no scores, tell nothing. `preview_seconds` are those of the audit's previews, for a
+        plan that makes none.
         """
         standard_G = standardised(final_G)
         if standard_G is None:
@@ -121,7 +127,7 @@ class PlanJudge:
         self._finals = [*self._finals, standard_G[present_G].tolist()][-_REMEMBERED:]
         self._stds = [*self._stds, float(final_G[present_G].std())][-_REMEMBERED:]
         if self.units is None and len(self._finals) >= _AUDITS:
-            self.units = self.recorded or unit_costs(counted, seconds)
+            self.units = self.recorded or unit_costs(counted, seconds, preview_seconds)
 
     def forget(self) -> None:
         """Forget the audits, and the costs, of which rewards and previews are a part."""

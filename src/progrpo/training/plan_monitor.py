@@ -42,8 +42,12 @@ class PlanMonitor:
         """The value of the plan in force, by the last verdict."""
         self.verdict: Verdict | None = None
         """The last verdict; None before it, and after a resume."""
-        self._first: Work | None = None
-        """The work up to the first iteration of this process; None before it."""
+        self._work = Work(Cost(), {})
+        """The work that is done."""
+        self._left_out = self._work
+        """The part of it by which no plan is priced."""
+        self._begun = False
+        """Whether this process has made an iteration."""
         self._config = config
         self._ranks = ranks
         self._self_checks = self_checks
@@ -99,14 +103,16 @@ class PlanMonitor:
         return metrics
 
     def _usual(self, work: Work) -> Work:
-        """The work after the first iteration of this process, or all of it in that one.
+        """The work by which plans are priced: that of no process's first iteration, or all of it before there is other.
 
         A first iteration also compiles networks (`model.compile`), which takes minutes and comes once.
         """
-        if self._first is None:
-            self._first = work
-            return work
-        return work.since(self._first)
+        if not self._begun:
+            self._left_out += work.since(self._work)
+            self._begun = True
+        self._work = work
+        usual = work.since(self._left_out)
+        return work if usual.cost == Cost() else usual
 
     def _agreement(self, audit: Audit) -> Metrics:
         """The agreement of previews with final rewards at the plan's points, the probe's beside it, and V there."""
@@ -139,7 +145,9 @@ class PlanMonitor:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
-            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), work.cost, work.seconds)
+            self.judge.watch(
+                audit.used_agreement(), audit.final_G.numpy(), work.cost, work.seconds, audit.preview_seconds
+            )
             verdict = self.judge.verdict(
                 self.plan, self.selector, self.probed_steps, noise_scale.settled, noise_scale.own_direction
             )
@@ -164,7 +172,7 @@ class PlanMonitor:
         if self._config.plan.follows_audits and (self.plan != before.plan or before.value is None):
             assert self.verdict is not None, "only a verdict decides"
             console.say(f"plan: {self.verdict.decision.sentence}")
-        elif prunes and not is_auto and value < 1 and (before.value is None or before.value >= 1):
+        if prunes and not is_auto and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
                 f"the plan {' -> '.join(map(str, path(self.plan)))} is expected to bring {value:.2f} x the progress a"
                 " second of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or take"
@@ -175,8 +183,15 @@ class PlanMonitor:
         """Measure previews anew: audits of other rewards or previews do not compare. The plan in force stays."""
         self._self_checks.forget_agreement()
         self.judge.forget()
+        self._left_out = self._work
         self.plan_value = None
         self.probe = _probe(self._config)
+
+    def begin_anew(self) -> None:
+        """Take the configuration's own plan: the one in force was chosen from another, or for other steps."""
+        self._self_checks.forget_agreement()
+        self.plan = resolve_plan(self._config)
+        self.plan_value = None
 
     def state_dict(self) -> PlanMonitorState:
         return {
@@ -184,9 +199,13 @@ class PlanMonitor:
             "judge": self.judge.state_dict(),
             "probe": None if self.probe is None else self.probe.state_dict(),
             "plan_value": self.plan_value,
+            "left_out": self._left_out.state_dict(),
         }
 
-    def load_state_dict(self, state: PlanMonitorState) -> None:
+    def load_state_dict(self, state: PlanMonitorState, work: Work) -> None:
+        """Go on from a saved state, after so much work. Of an older progrpo's, none prices a plan."""
+        self._work = work
+        self._left_out = Work.of(state["left_out"]) if "left_out" in state else work
         plan = plan_from(state["plan"])
         follows, same_group = self._config.plan.follows_audits, plan.group_size == self.plan.group_size
         if follows and (same_group or self._config.plan.preset == "auto"):

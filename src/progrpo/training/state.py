@@ -9,7 +9,7 @@ from progrpo.rollout.probe import ProbeState
 from progrpo.training.loss_scale import LossScaleState
 from progrpo.training.noise_scale import NoiseScaleState
 from progrpo.training.plan_judge import JudgeState, PlanState
-from progrpo.training.totals import TotalsState
+from progrpo.training.totals import TotalsState, WorkState
 from progrpo.training.watch import HackingWatchState, SelfChecksState
 
 State = Mapping[str, Any]
@@ -23,6 +23,8 @@ class PlanMonitorState(TypedDict):
     judge: JudgeState
     probe: ProbeState | None
     plan_value: float | None
+    left_out: NotRequired[WorkState]
+    """The work by which no plan is priced."""
 
 
 class LearnerState(TypedDict):

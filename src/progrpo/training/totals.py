@@ -29,6 +29,13 @@ class TotalsState(TypedDict):
     fault: str
 
 
+class WorkState(TypedDict):
+    """Work in a checkpoint."""
+
+    cost: dict[str, int]
+    seconds: dict[str, float]
+
+
 @dataclass
 class Totals:
     """The costs, seconds and failures of the run so far. Audits have a line of their own."""
@@ -95,6 +102,18 @@ class Work:
 
     cost: Cost
     seconds: Mapping[str, float]
+
+    @classmethod
+    def of(cls, state: WorkState) -> Work:
+        return cls(Cost(**state["cost"]), dict(state["seconds"]))
+
+    def state_dict(self) -> WorkState:
+        return {"cost": asdict(self.cost), "seconds": dict(self.seconds)}
+
+    def __add__(self, other: Work) -> Work:
+        stages = dict.fromkeys([*self.seconds, *other.seconds])
+        seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
+        return Work(self.cost + other.cost, seconds)
 
     def since(self, earlier: Work) -> Work:
         """The work after an earlier moment."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, trained_items
+from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.objectives.advantage import group_statistics
 from progrpo.packing import balanced_size
 from progrpo.policies.base import Policy
@@ -207,7 +207,7 @@ class Trainer:
         self.order.load_state_dict(state["order"])
         self.totals.load_state_dict(state["totals"])
         self.checks.load_state_dict(state["checks"])
-        self.plan_monitor.load_state_dict(state)  # forgets checks of another plan
+        self.plan_monitor.load_state_dict(state, self.totals.work)  # forgets checks of another plan
         self.iteration = state["iteration"]
         if "unpruned" not in state["totals"]:  # of an older progrpo
             self.totals.unpruned = self.plan_monitor.nfe_unpruned * self.iteration
@@ -228,6 +228,17 @@ def _check_processes(config: Config, reward: RewardMixture, ranks: Ranks) -> Non
         raise ValueError(
             f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes; give"
             " each at least one, or have them share the groups (prompts.split_groups)"
+        )
+    stops_groups = resolve_plan(config).keep_groups is not None
+    if stops_groups and reward.groupwise:
+        raise ValueError(
+            f"plan.keep_groups must be empty for the reward {reward.groupwise}, which compares the pictures of one"
+            " group alone"
+        )
+    if stops_groups and config.reward.noise and ranks.world > 1:
+        raise ValueError(
+            f"plan.keep_groups must be empty for reward.noise in {ranks.world} processes: the scores of each are"
+            " estimated from its own groups, and do not compare"
         )
     if config.prompts.split_groups and reward.groupwise:
         raise ValueError(
