@@ -289,3 +289,10 @@ def test_a_probe_that_knows_nothing_comes_back_so(tmp_path):
     assert not other.has_learnt and other.agreement(0) is None
     other.learn(drawn(3))
     assert torch.equal(scores(other, drawn(1, 7)), scores(learnt(drawn(3)), drawn(1, 7)))
+
+
+def test_a_condition_without_embeddings_of_texts_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^preview\.probe needs embeddings of texts, .* no prompt_embeds; leave it out"
+    ):
+        text_features(Condition({"labels": torch.zeros(2, 3)}))

@@ -65,7 +65,10 @@ class TextHooks(ABC):
 
     @abstractmethod
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of a prompt's tensors without their first dimension, known without encoding anything."""
+        """The shapes of a prompt's tensors without their first dimension, known without encoding anything.
+
+        `prompt_embeds` (tokens, width) is one of them: a probe reads it.
+        """
 
     @property
     def zero_embeddings_for_no_prompt(self) -> bool:

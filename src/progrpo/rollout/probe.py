@@ -51,7 +51,14 @@ def latent_features(x0_NCHW: Tensor) -> Tensor:
 
 
 def text_features(condition: Condition) -> Tensor:
-    """The features of texts: float16 (P, tokens, width) on the CPU, at most 128 wide."""
+    """The features of texts: float16 (P, tokens, width) on the CPU, at most 128 wide.
+
+    ValueError for a condition without embeddings of texts.
+    """
+    if "prompt_embeds" not in condition.tensors:
+        raise ValueError(
+            "preview.probe needs embeddings of texts, and this model's condition has no prompt_embeds; leave it out"
+        )
     embeddings = condition.tensors["prompt_embeds"].detach().float().cpu()
     width = embeddings.shape[2]
     if width > _TEXT_WIDTH:

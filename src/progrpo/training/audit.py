@@ -107,7 +107,7 @@ class GroupWatch:
     def __init__(self, prompt: Prompt, slot: int, reward: Scorer) -> None:
         self.meter = Meter()
         self._used = Meter()
-        """What those previews took by which the run decides, where they are others."""
+        """The cost of the previews by which the run decides, where they are others."""
         self._prompt = prompt
         self._slot = slot
         self._reward = reward

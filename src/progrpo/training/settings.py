@@ -47,7 +47,7 @@ class OptimSettings:
     rules its gradient.
     It compares the gradients of two halves of the prompts, and in one of eight updates of two halves of each prompt's
     members. That takes the memory of a second gradient, at most one pass more for each optimizer step, and with several
-    processes a second sum of gradients. DGPO computes the weights of groups beforehand in these.
+    processes a second sum of gradients. DGPO and DPO compute the weights of groups beforehand in these.
     It is not measured with one prompt, with `reuse_rollout`, or where weights are trained in full and sharded."""
     ema_decay: float = setting(0.0, FRACTION)
     """The decay of an average of the weights. Above 0, evaluations and the saved LoRA use this average."""
