@@ -19,7 +19,7 @@ help: ## say what there is
 		| awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## install everything into .venv, once
-quickstart: setup ## train the built-in model for five to fifteen minutes; the report is runs/quickstart/report.html
+quickstart: setup ## train the built-in model for four to eight minutes; the report is runs/quickstart/report.html
 	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
 
 preferences: setup ## from 200 pairs of pictures to an aligned model, in minutes; runs/preferences/run/report.html

@@ -188,10 +188,10 @@ def _require_step(step: int, previous: int, num_inference_steps: int) -> None:
         )
 
 
-# A plan and the number of steps it was made for. `late` is ours: on a toy flow under GRPO it beat the best plain group
-# whatever training cost (docs/results/when_pruning_pays.md). From Pro-GRPO (arXiv 2512.15347): standard and flash for
-# SD3.5-M, against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling.
-# A run with `auto` begins as `none`.
+# A plan and the number of steps it was made for. `late` is ours: on a toy flow under GRPO on all steps it beat the best
+# plain group whatever training cost (docs/results/when_pruning_pays.md). From Pro-GRPO (arXiv 2512.15347): standard and
+# flash for SD3.5-M, against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after
+# sampling. A run with `auto` begins as `none`.
 PRESETS: dict[str, tuple[Plan, int]] = {
     "late": (Plan(12, (PrunePoint(8, 6),)), 10),
     "standard": (Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12))), 10),
