@@ -7,7 +7,7 @@ import json
 import os
 import re
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,19 +218,28 @@ def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
     assert run.summary.read()["nfe_saved"] == 0
 
 
+@dataclass(eq=False)
+class Held:
+    """A reward that notes when it is closed, and fails then by `fault`."""
+
+    reward: Any
+    closed: list[Held]
+    fault: str = ""
+
+    def score(self, images, prompts):
+        return self.reward(images, prompts)
+
+    def close(self):
+        self.closed.append(self)
+        if self.fault:
+            raise ConnectionError(self.fault)
+
+
 def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config, prompts, redness, tmp_path, capsys):
-    closed = []
-
-    class Held:
-        def score(self, images, prompts):
-            return redness(images, prompts)
-
-        def close(self):
-            closed.append(self)
-            raise ConnectionError("the judge\nis out")
-
+    closed: list[Held] = []
+    held = [Held(redness, closed, fault="the judge\nis out") for _ in range(2)]
     config = tiny_config(iterations=1)
-    run = progrpo.train(tiny_pipeline(), prompts, [Held(), Held()], config=config, out=tmp_path / "run")
+    run = progrpo.train(tiny_pipeline(), prompts, held, config=config, out=tmp_path / "run")
     assert len(closed) == 2 and "ConnectionError: the judge is out" in capsys.readouterr().out
     assert run.summary.read()["status"] == "finished" and (run.path / "report.html").is_file()
 
@@ -406,16 +415,8 @@ def test_another_plan_begins_anew(tiny_pipeline, tiny_config, prompts, redness, 
 
 
 def test_a_refused_resume_closes_the_rewards(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
-    closed = []
-
-    class Held:
-        def score(self, images, prompts):
-            return redness(images, prompts)
-
-        def close(self):
-            closed.append(self)
-
-    out, held = tmp_path / "run", Held()
+    closed: list[Held] = []
+    out, held = tmp_path / "run", Held(redness, closed)
     with pytest.raises(ValueError, match="no run"):
         progrpo.train(tiny_pipeline(), prompts, held, config=tiny_config(), out=out, mode="resume")
     progrpo.train(tiny_pipeline(), prompts, held, config=tiny_config(iterations=1), out=out)

@@ -177,7 +177,7 @@ def test_a_run_is_measured_again_as_it_measured_itself(run, capsys):
         == 0
     )
     table = capsys.readouterr().out
-    assert "reward" in table and not any(word in table for word in ("None", "strict", "held_out"))
+    assert "\n  reward " in table and not any(word in table for word in ("None", "strict", "held_out"))
 
 
 def test_pictures_are_drawn_with_what_a_run_trained(run, tmp_path, capsys):

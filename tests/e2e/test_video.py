@@ -116,6 +116,6 @@ def test_a_video_is_written_as_an_animated_picture(trained, here):
 def test_a_trained_model_of_videos_is_measured(trained, capsys):
     rewards = ["--reward", "video_rewards:redness", "2*video_rewards:motion"]
     assert main(["eval", "run", *rewards, "--pictures", "2", "--num-inference-steps", "2"]) == 0
-    assert "reward" in capsys.readouterr().out
+    assert "\n  reward " in capsys.readouterr().out
     calls = sys.modules["video_rewards"].calls
     assert calls["redness"] == 3 * calls["motion"]  # the run's own number of frames

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -20,7 +21,9 @@ from progrpo.config import (
     ModelSettings,
     ObjectiveSettings,
     OptimSettings,
+    PlanSettings,
     SamplingSettings,
+    config_to_json,
 )
 from progrpo.durable import DiskError
 from progrpo.storage import load_state, save_state
@@ -31,6 +34,7 @@ from progrpo.training.checkpoints import (
     check_versions,
     digest,
     newest,
+    plans_alike,
     save,
     saved,
     writing_to,
@@ -393,3 +397,17 @@ def test_an_error_that_is_not_of_the_runs_files_stays_what_it_is(run):
     for error in (ConnectionError("refused"), FileNotFoundError(errno.ENOENT, "none", "/etc/none"), ValueError("no")):
         with pytest.raises(type(error)), writing_to(run, Ranks()):
             raise error
+
+
+@pytest.mark.parametrize(
+    ("changed", "alike"),
+    [
+        ({"sampling": SamplingSettings(microbatch=3)}, True),  # as after a run that was out of memory
+        ({"optim": OptimSettings(lr=0.5)}, True),
+        ({"plan": PlanSettings("auto")}, False),
+        ({"sampling": SamplingSettings(same_latent=True)}, False),
+        ({"sampling": SamplingSettings(sde_window="first")}, False),
+    ],
+)
+def test_a_plan_goes_on_where_it_means_the_same(changed, alike):
+    assert plans_alike(json.loads(config_to_json(Config())), replace(Config(), **changed)) is alike

@@ -152,9 +152,11 @@ def unit_costs(counted: Cost, seconds: Mapping[str, float], preview: float | Non
     waited = seconds["preview"] + seconds["reward"]
     own = max(0.0, 1 - seconds.get("overlapped", 0.0) / waited) if waited else 1.0
     finish = own * seconds["reward"] / (counted.decodes - counted.previews)
+    if counted.previews:
+        preview = own * seconds["preview"] / counted.previews
     return UnitCosts(
         call=seconds["sample"] / counted.nfe,
-        preview=own * seconds["preview"] / counted.previews if counted.previews else preview or finish,
+        preview=finish if preview is None else preview,
         finish=finish,
         train=seconds["update"] / max(1, counted.trained_steps),
     )

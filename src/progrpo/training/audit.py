@@ -47,7 +47,7 @@ class Audit:
     used_TG: Tensor
     probe_TG: Tensor | None
     examples: dict[int, ProbeExample]
-    preview_seconds: float | None = None
+    preview_seconds: float | None
     """The seconds of a preview that the run decides by; None where they are not decoded otherwise than pictures."""
 
     def agreement(self) -> list[float | None]:

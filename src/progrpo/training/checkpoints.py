@@ -83,6 +83,8 @@ _OF_AUDITS = (
     "preview.latent_reward",
 )
 """Settings of scores and previews, without which audits do not compare with earlier ones."""
+_OF_PLANS = ("sampling.same_latent", "sampling.sde_window", "sampling.sde_window_size", "sampling.sde_window_end")
+"""Settings beside `plan` that decide at which steps a group's members differ, and so can be compared."""
 
 
 def versions(config: Config) -> dict[str, str]:
@@ -213,8 +215,8 @@ def audits_alike(saved_config: State, config: Config) -> bool:
 
 
 def plans_alike(saved_config: State, config: Config) -> bool:
-    """Whether both configurations begin with the same plan, in steps at which it means the same."""
-    return not any(name.startswith(("plan.", "sampling.")) for name in _differing(saved_config, config))
+    """Whether both configurations begin with the same plan, at steps at which members differ alike."""
+    return not any(name.startswith("plan.") or name in _OF_PLANS for name in _differing(saved_config, config))
 
 
 def _differing(saved_config: State, config: Config) -> dict[str, tuple[object, object]]:

@@ -64,7 +64,7 @@ def latent_reward(preview: PreviewSettings, policy: Policy) -> LatentReward | No
         function = getattr(made, "score", made)
         if not callable(function):
             raise ValueError(
-                f"preview.latent_reward: {name} must be a function of latents and texts, not {quoted(made)}"
+                f"preview.latent_reward {quoted(name)} must be a function of latents and texts, not {quoted(made)}"
             )
         return OwnLatentReward(name, function)
     try:

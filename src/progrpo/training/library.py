@@ -100,8 +100,6 @@ def train(
         splits = splits_from_python(prompts, config.prompts.column, config.eval.column)
         terms, mixture = _mixture(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
-        with closed_where_refused([mixture]):
-            check(config)
 
         def make_inputs() -> RunInputs:
             test, validation = (as_many(split, config.eval.pictures) for split in (splits.test, splits.validation))
@@ -114,6 +112,7 @@ def train(
             )
 
         with closed_where_refused([mixture]):
+            check(config)
             if resumes:
                 return resume_in(folder, config, make_inputs, ranks, accept_changes)
             run = Run(make_inputs(), folder, ranks)

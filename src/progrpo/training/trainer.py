@@ -53,6 +53,7 @@ class Trainer:
 
     def __init__(self, config: Config, policy: Policy, reward: RewardMixture, order: PromptOrder, ranks: Ranks) -> None:
         _check_processes(config, reward, ranks)
+        _check_stopped_groups(config, reward, ranks)
         check_sampling(config, policy)
         self.policy = policy
         self.reward = reward
@@ -229,21 +230,26 @@ def _check_processes(config: Config, reward: RewardMixture, ranks: Ranks) -> Non
             f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes; give"
             " each at least one, or have them share the groups (prompts.split_groups)"
         )
-    stops_groups = resolve_plan(config).keep_groups is not None
-    if stops_groups and reward.groupwise:
-        raise ValueError(
-            f"plan.keep_groups must be empty for the reward {reward.groupwise}, which compares the pictures of one"
-            " group alone"
-        )
-    if stops_groups and config.reward.noise and ranks.world > 1:
-        raise ValueError(
-            f"plan.keep_groups must be empty for reward.noise in {ranks.world} processes: the scores of each are"
-            " estimated from its own groups, and do not compare"
-        )
     if config.prompts.split_groups and reward.groupwise:
         raise ValueError(
             f"prompts.split_groups must be false for the reward {reward.groupwise}, which compares the pictures of a"
             " whole group"
+        )
+
+
+def _check_stopped_groups(config: Config, reward: RewardMixture, ranks: Ranks) -> None:
+    """ValueError for groups that are stopped by scores that do not compare between groups."""
+    if resolve_plan(config).keep_groups is None:
+        return
+    if reward.groupwise:
+        raise ValueError(
+            f"plan.keep_groups must be empty for the reward {reward.groupwise}, which compares the pictures of one"
+            " group alone"
+        )
+    if config.reward.noise and ranks.world > 1:
+        raise ValueError(
+            f"plan.keep_groups must be empty for reward.noise in {ranks.world} processes: the scores of each are"
+            " estimated from its own groups, and do not compare"
         )
 
 
