@@ -72,6 +72,11 @@ def test_the_summary_is_a_table_and_what_was_spent(capsys):
     ]
 
 
+def test_a_run_of_full_groups_saved_nothing(capsys):
+    Console(iterations=20).summary_table({**SUMMARY, "nfe_saved": 0.0})
+    assert "86,400 NFE, 1.50 x plain GRPO's, 2 min 10 s" in capsys.readouterr().out
+
+
 def test_a_reward_without_a_verdict_has_no_strict_accuracy(capsys):
     console = Console(iterations=20)
     console.log({name: value for name, value in RECORD.items() if name != "reward/strict"}, 0)

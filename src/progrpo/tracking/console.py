@@ -234,7 +234,7 @@ def _cost(summary: Summary) -> str:
     """The NFE, by how much they are below those of full groups, missing scores, and the time."""
     fields = [f"{count(summary.get('nfe'))} NFE"]
     saved, ratio = summary.get("nfe_saved"), summary.get("nfe_ratio_to_none")
-    if saved is not None:
+    if saved:
         fields.append(f"{percent(saved, 0)} fewer than full groups")
     if ratio:  # 0 where recorded pairs are learnt from
         fields.append(f"{ratio:.2f} x plain GRPO's")

@@ -138,7 +138,7 @@ def _change(data: RunData) -> str:
 def _network_evaluations(data: RunData) -> str:
     saved, ratio = data.summary.get("nfe_saved"), data.summary.get("nfe_ratio_to_none")
     nfe = (data.summary.get("nfe") or 0) + total(data.since_summary, "rollout/nfe") or None
-    details = [] if saved is None else [f"{percent(saved, 0)} fewer than full groups"]
+    details = [] if not saved else [f"{percent(saved, 0)} fewer than full groups"]
     details += [] if not ratio else [f"{ratio:.2f} × plain GRPO’s"]
     if data.pairs:
         return _tile("Network evaluations", MISSING, "recorded pairs, nothing is sampled")
